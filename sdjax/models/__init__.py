@@ -1,0 +1,1 @@
+"""The three networks, as linen modules that are built from their config alone."""

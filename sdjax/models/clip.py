@@ -1,0 +1,111 @@
+"""The CLIP text encoder: a causal pre-norm transformer (Radford et al. 2021, section 2.4).
+
+Stable Diffusion 1 uses OpenAI's ViT-L/14 tower (quick-GELU, last hidden state), Stable Diffusion 2
+OpenCLIP's ViT-H/14 (exact GELU, penultimate hidden state). Neither masks padding: padded positions
+are attended to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sdjax.config import CLIPConfig
+from sdjax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention
+from sdjax.types import Array
+
+
+class TextOutput(NamedTuple):
+    """last_hidden_state: f[b, l, d] after the final norm, `config.skip` layers left out.
+
+    hidden_states: layers + 1 arrays f[b, l, d] without the final norm: the embeddings, then the
+    output of every layer.
+    pooled: f[b, projection], the last layer's state at the first end-of-text token, projected; None
+    without that matrix.
+    """
+
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...]
+    pooled: Array | None
+
+
+class SelfAttention(nn.Module):
+    width: int
+    heads: int
+
+    def setup(self) -> None:
+        self.q = Dense(self.width)
+        self.k = Dense(self.width)
+        self.v = Dense(self.width)
+        self.out = Dense(self.width)
+
+    def __call__(self, x: Array) -> Array:
+        def split(y: Array) -> Array:
+            return y.reshape(*y.shape[:-1], self.heads, -1)
+
+        mixed = attention(split(self.q(x)), split(self.k(x)), split(self.v(x)), causal=True)
+        return self.out(mixed.reshape(x.shape))
+
+
+class Layer(nn.Module):
+    config: CLIPConfig
+
+    def setup(self) -> None:
+        self.norm1 = LayerNorm()
+        self.attention = SelfAttention(self.config.width, self.config.heads)
+        self.norm2 = LayerNorm()
+        self.fc1 = Dense(self.config.mlp_width)
+        self.fc2 = Dense(self.config.width)
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(ACTIVATIONS[self.config.activation](self.fc1(self.norm2(x))))
+
+
+class TextEncoder(nn.Module):
+    """Token ids i32[b, l] with l <= config.length -> TextOutput."""
+
+    config: CLIPConfig
+
+    def setup(self) -> None:
+        config = self.config
+        small = nn.initializers.normal(0.02)
+        self.token_embedding = self.param(
+            "token_embedding", small, (config.vocab_size, config.width)
+        )
+        self.position_embedding = self.param(
+            "position_embedding", small, (config.length, config.width)
+        )
+        self.layer = [Layer(config) for _ in range(config.layers)]
+        self.final_norm = LayerNorm()
+        if config.projection is not None:
+            self.projection = Dense(config.projection, bias=False)
+            self.logit_scale = self.param(
+                "logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ()
+            )
+
+    def __call__(self, ids: Array, skip: int | None = None) -> TextOutput:
+        """`skip` overrides `config.skip`: 1 leaves out the last layer ("clip skip 2" in other
+        tools), and so on.
+
+        Raises:
+            ValueError: `skip` is not in [0, layers).
+        """
+        skip = self.config.skip if skip is None else skip
+        if not 0 <= skip < self.config.layers:
+            raise ValueError(f"skip must lie in [0, {self.config.layers}), found {skip}")
+        x = self.token_embedding[ids] + self.position_embedding[: ids.shape[1]]
+        hidden_states = [x]
+        for layer in self.layer:
+            hidden_states.append(layer(hidden_states[-1]))
+        last_hidden_state = self.final_norm(hidden_states[-1 - skip])
+        pooled = None
+        if self.config.projection is not None:
+            end = jnp.argmax(
+                ids == self.config.vocab_size - 1, axis=1
+            )  # end of text is the vocabulary's last entry
+            states = self.final_norm(hidden_states[-1])
+            pooled = self.projection(states[jnp.arange(ids.shape[0]), end])
+        return TextOutput(last_hidden_state, tuple(hidden_states), pooled)

@@ -1,0 +1,261 @@
+"""What two or more of the networks use, and the one home of their numeric conventions.
+
+- The dtype of the parameters is the dtype of the computation: `Dense` and `Conv` cast their input
+  to the dtype of their kernel. Cast the parameters (`sdjax.checkpoint.cast`) and the whole network
+  follows.
+- Norms and softmax compute in float32 whatever the dtype, and hand back the dtype they were given.
+- Layout is NHWC; kernels are HWIO (convolutions) and [in, out] (linear maps).
+- Where PyTorch and Flax differ by default, PyTorch's numbers are stated here: norm epsilons,
+  exact GELU, padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sdjax.types import Array
+
+SCORE_BOUND = 2**26
+"""Most attention scores held at once (256 MiB in float32); more are worked through in chunks."""
+
+CPU_QUERY_ROWS = 1024
+"""Rows of queries per product on a CPU, where one head at a time stays in the cache."""
+
+_attention_kind: ContextVar[str | None] = ContextVar("attention", default=None)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016, eq. 1)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), as CLIP was trained with (Hendrycks & Gimpel 2016, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
+def tile_rows(x: Array, rows: int) -> Array:
+    """x, f[b, ...], repeated as a whole along the batch to `rows` rows (a multiple of b)."""
+    return x if x.shape[0] == rows else jnp.tile(x, (rows // x.shape[0],) + (1,) * (x.ndim - 1))
+
+
+class Dense(nn.Module):
+    """A linear map f[..., in] -> f[..., features]."""
+
+    features: int
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = jnp.dot(x.astype(kernel.dtype), kernel)
+        return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else y
+
+
+class Conv(nn.Module):
+    """f[b, h, w, in] -> f[b, h', w', features]; zero padding (before, after) on both axes."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    padding: tuple[int, int] = (1, 1)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = lax.conv_general_dilated(
+            x.astype(kernel.dtype),
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in float32 (Ba et al. 2016)."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of f[b, h, w, c] in float32, two-pass variance (Wu & He 2018)."""
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        y = y - y.mean((1, 3), keepdims=True)
+        y = y * lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.epsilon)
+        y = y.reshape(x.shape) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a residual; with `time`, the time embedding shifts the middle (He
+    et al. 2016).
+
+    `shift` is the projected embedding, f[features] or f[b or 1, features]: `time_shift` computes
+    it, apart from the block itself, so that a sampler can do it for all of its steps at once.
+    """
+
+    features: int
+    groups: int
+    epsilon: float
+    skip: bool  # in and out channels differ
+    time: bool = False
+
+    def setup(self) -> None:
+        self.norm1 = GroupNorm(self.groups, self.epsilon)
+        self.conv1 = Conv(self.features)
+        self.norm2 = GroupNorm(self.groups, self.epsilon)
+        self.conv2 = Conv(self.features)
+        if self.time:
+            self.time_proj = Dense(self.features)
+        if self.skip:
+            self.conv_skip = Conv(self.features, size=1, padding=(0, 0))
+
+    def time_shift(self, embedding: Array) -> Array:
+        return self.time_proj(nn.silu(embedding))
+
+    def __call__(self, x: Array, shift: Array | None = None) -> Array:
+        h = self.conv1(nn.silu(self.norm1(x)))
+        if shift is not None:
+            shift = tile_rows(jnp.atleast_2d(shift), h.shape[0])
+            h = h + shift[:, None, None, :]
+        h = self.conv2(nn.silu(self.norm2(h)))
+        return h + (self.conv_skip(x) if self.skip else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour x2, cropped to `size` (height, width) if given, then a 3x3 convolution."""
+
+    features: int
+
+    def setup(self) -> None:
+        self.conv = Conv(self.features)
+
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        x = x.reshape(b, 2 * h, 2 * w, c)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
+
+
+@contextmanager
+def use_attention(kind: str) -> Iterator[None]:
+    """Traces inside use one implementation of `attention`: "cudnn", "chunked" or "per_head".
+
+    The default follows the machine; this is for compiling ahead of time for another one, and for
+    measurements.
+    """
+    token = _attention_kind.set(kind)
+    try:
+        yield
+    finally:
+        _attention_kind.reset(token)
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+    """softmax(q k^T / sqrt(d)) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1).
+
+    q f[b, l, n, d], k and v f[b, m, n, d] -> f[b, l, n, d]. Never holds more than SCORE_BOUND
+    scores. On NVIDIA GPUs in 16 bit the fused cuDNN kernel is used where it takes the head size; on
+    CPUs one head at a time.
+    """
+    kind = _attention_kind.get()
+    if kind is None:
+        kind = {"cpu": "per_head", "gpu": "cudnn"}.get(jax.default_backend(), "chunked")
+    small = q.shape[1] * k.shape[1] <= 128 * 128
+    if causal or small:
+        return _scores_attention(q, k, v, causal=causal)
+    if kind == "cudnn" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return _per_head_attention(q, k, v) if kind == "per_head" else _chunked_attention(q, k, v)
+
+
+def _scores_attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+    """Attention that holds every score at once."""
+    scores = (
+        jnp.einsum("blnd,bmnd->bnlm", q, k, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
+    if causal:
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnlm,bmnd->blnd", weights, v)
+
+
+def _split_queries(q: Array, rows: int) -> Array:
+    """q f[l, ...] -> f[chunks, rows, ...], zero rows appended where they do not divide."""
+    chunks = -(-q.shape[0] // rows)
+    padded = jnp.pad(q, ((0, chunks * rows - q.shape[0]),) + ((0, 0),) * (q.ndim - 1))
+    return padded.reshape(chunks, rows, *q.shape[1:])
+
+
+def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
+    """Attention by chunks of queries, all heads together."""
+    b, length, n, d = q.shape
+    rows = max(1, SCORE_BOUND // (b * n * k.shape[1]))
+    if rows >= length:
+        return _scores_attention(q, k, v)
+    chunks = _split_queries(q.swapaxes(0, 1), rows)  # [chunks, rows, b, n, d]
+    out = lax.map(
+        lambda part: _scores_attention(part.swapaxes(0, 1), k, v), chunks
+    )  # [chunks, b, rows, n, d]
+    return out.swapaxes(0, 1).reshape(b, -1, n, d)[:, :length]
+
+
+def _per_head_attention(q: Array, k: Array, v: Array) -> Array:
+    """Attention by plain matrix products, one head and `CPU_QUERY_ROWS` queries at a time.
+
+    The division by the row sums comes after the second product: fewer values to divide, and no pass
+    over the scores.
+    """
+    b, length, n, d = q.shape
+    scale = d**-0.5
+
+    def heads_first(x: Array) -> Array:
+        return x.swapaxes(1, 2).reshape(b * n, x.shape[1], d)
+
+    def one_head(qkv: tuple[Array, Array, Array]) -> Array:
+        q, k, v = qkv
+
+        def some_rows(rows: Array) -> Array:
+            scores = jnp.dot(rows, k.T, preferred_element_type=jnp.float32) * scale
+            weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+            mixed = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+        if length <= CPU_QUERY_ROWS:
+            return some_rows(q)
+        return lax.map(some_rows, _split_queries(q, CPU_QUERY_ROWS)).reshape(-1, d)[:length]
+
+    out = lax.map(one_head, (heads_first(q), heads_first(k), heads_first(v)))
+    return out.reshape(b, n, length, d).swapaxes(1, 2)

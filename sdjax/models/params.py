@@ -1,0 +1,62 @@
+"""The parameter trees of a model: their shapes, and seeded random values to fill them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.config import ModelConfig
+from sdjax.models.clip import TextEncoder
+from sdjax.models.unet import UNet
+from sdjax.models.vae import VAE
+from sdjax.types import Params
+
+
+@lru_cache(maxsize=16)
+def abstract_params(config: ModelConfig) -> Params:
+    """{"text", "vae", "unet"}: nested dicts of float32 jax.ShapeDtypeStruct; nothing is computed.
+
+    The result is cached: do not change it.
+    """
+    key = jax.random.key(0)
+    size = 2 ** max(len(config.unet.channels), len(config.vae.channels))
+    ids = jnp.zeros((1, config.clip.length), jnp.int32)
+    image = jnp.zeros((1, size, size, config.vae.image_channels))
+    latent = jnp.zeros((1, size, size, config.unet.in_channels))
+    context = jnp.zeros((1, config.clip.length, config.unet.context_width))
+    return {
+        "text": jax.eval_shape(TextEncoder(config.clip).init, key, ids)["params"],
+        "vae": jax.eval_shape(VAE(config.vae).init, key, image)["params"],
+        "unet": jax.eval_shape(UNet(config.unet).init, key, latent, jnp.zeros(1), context)[
+            "params"
+        ],
+    }
+
+
+def random_params(config: ModelConfig, seed: int = 0, dtype: str = "float32") -> Params:
+    """Seeded random weights of every leaf, as numpy arrays: an untrained model that computes
+    finite, varied numbers.
+
+    Kernels are normal with variance 1 / fan_in, embeddings normal with 0.02; no norm scale or bias
+    sits at 1 or 0, so that a test on these weights sees every parameter. Leaf by leaf in tree
+    order: the same seed, the same model.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path[-1].key
+        noise = rng.standard_normal(leaf.shape, dtype=np.float32)
+        if name == "kernel":
+            noise *= float(np.prod(leaf.shape[:-1])) ** -0.5
+        elif name == "scale":
+            noise = 1 + 0.1 * noise
+        elif name == "logit_scale":
+            noise = np.log(1 / 0.07) + 0 * noise
+        else:
+            noise *= 0.02
+        return np.asarray(noise, jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_params(config))

@@ -1,0 +1,26 @@
+"""Four simulated CPU devices for the whole suite, and a small model that every test may share."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+
+import pytest
+
+from sdjax.config import TINY, ModelConfig
+from sdjax.models.params import random_params
+from sdjax.types import Params
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny: ModelConfig) -> Params:
+    """Random float32 weights of the tiny preset; shared, so do not write into them."""
+    return random_params(tiny, seed=0)
