@@ -27,8 +27,8 @@ class Level(NamedTuple):
     time: whatever the network has precomputed from t (`UNet.time_table`), or None.
     """
 
-    sigma: Array
-    t: Array
+    sigma: Any
+    t: Any
     time: Any = None
 
 

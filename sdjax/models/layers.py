@@ -161,7 +161,7 @@ class Upsample(nn.Module):
     def setup(self) -> None:
         self.conv = Conv(self.features)
 
-    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+    def __call__(self, x: Array, size: tuple[int, ...] | None = None) -> Array:
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
         x = x.reshape(b, 2 * h, 2 * w, c)

@@ -1,0 +1,116 @@
+"""The sampling loop: one `lax.scan` over a sampler's rows, and the same step one at a time for
+previews.
+
+A denoiser comes as `make_denoiser`, a hashable function from its inputs (parameters, text, masks: a
+pytree of arrays) to a `Denoiser`. So whatever can change from call to call is an argument of the
+compiled program, and never a constant in it.
+
+Randomness: image i has a key of its own, made from its own seed. Its starting noise comes from
+fold_in(key, 0), the noise of step j from fold_in(key, j + 1): nothing depends on the batch that the
+image is made in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.diffusion.samplers import Method
+from sdjax.types import Array, Denoiser, Latent
+
+MakeDenoiser = Callable[[Any], Denoiser]
+
+
+def image_keys(seeds: Any) -> Array:
+    """seeds, a sequence of b whole numbers in [0, 2^32) -> one random key for each image, key[b].
+
+    Raises:
+        ValueError: a seed is not a whole number in that range.
+    """
+    for seed in seeds:
+        if int(seed) != seed or not 0 <= seed < 2**32:
+            raise ValueError(f"a seed must be a whole number in [0, 2^32), found {seed!r}")
+    return jax.vmap(jax.random.key)(jnp.asarray([int(seed) for seed in seeds], jnp.uint32))
+
+
+def draw(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
+    """Unit normal noise f32[b, *shape], each image's from its own key and `index`."""
+
+    def one(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+    return jax.vmap(one)(keys)
+
+
+def initial_noise(keys: Array, shape: tuple[int, ...]) -> Latent:
+    """The unit normal noise f32[b, h, w, c] that sampling starts from; shape is (h, w, c)."""
+    return draw(keys, 0, shape)
+
+
+def with_time_table(rows: Any, time_table: Callable[[Array], Any]) -> Any:
+    """The rows with what the network computes from t alone, for all of its calls at once."""
+    return rows._replace(levels=rows.levels._replace(time=time_table(rows.levels.t)))
+
+
+def _step(
+    make_denoiser: MakeDenoiser,
+    method: Method,
+    inputs: Any,
+    keys: Array,
+    carry: Any,
+    row: Any,
+    index: Array,
+) -> Any:
+    shape = carry.x.shape[1:]
+    noise = tuple(
+        draw(keys, 1 + index * method.draws + k, shape).astype(carry.x.dtype)
+        for k in range(method.draws)
+    )
+    return method.step(make_denoiser(inputs), carry, row, noise)
+
+
+def sample(
+    make_denoiser: MakeDenoiser, inputs: Any, method: Method, rows: Any, x: Latent, keys: Array
+) -> Latent:
+    """Runs the sampler over all rows and returns the last x.
+
+    rows: what the sampler's `plan` gave, leading axis s (s = 0 returns x). x: f32[b, h, w, c] at
+    the first row's level, in sigma space. keys: key[b]. Pure and traceable: call it inside your own
+    jit.
+    """
+
+    def body(carry: Any, row_and_index: Any) -> tuple[Any, None]:
+        row, index = row_and_index
+        return _step(make_denoiser, method, inputs, keys, carry, row, index), None
+
+    rows = jax.tree.map(jnp.asarray, rows)
+    indices = jnp.arange(jax.tree.leaves(rows)[0].shape[0])
+    carry, _ = jax.lax.scan(body, method.init(x), (rows, indices))
+    return carry.x
+
+
+_jitted_step = jax.jit(_step, static_argnums=(0, 1))
+
+
+def stream(
+    make_denoiser: MakeDenoiser, inputs: Any, method: Method, rows: Any, x: Latent, keys: Array
+) -> Iterator[tuple[Latent, Latent]]:
+    """The steps of `sample` one by one: yields (x, x0_hat) after each row, for progress and
+    previews.
+
+    The step is compiled once for all rows; stop iterating to stop sampling.
+    """
+    rows = jax.tree.map(jnp.asarray, rows)
+    carry = method.init(x)
+    for index in range(jax.tree.leaves(rows)[0].shape[0]):
+        row = jax.tree.map(partial(_at, index), rows)
+        carry = _jitted_step(make_denoiser, method, inputs, keys, carry, row, jnp.int32(index))
+        yield carry.x, carry.x0_hat
+
+
+def _at(index: int, leaf: Array) -> Array:
+    return leaf[index]
