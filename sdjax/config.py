@@ -61,9 +61,7 @@ class UNetConfig:
     transformer_layers: int = 1
     context_width: int = 768
     groups: int = 32
-    linear_projection: bool = (
-        False  # files store proj_in and proj_out as linear maps (SD 2) or as 1x1 convolutions
-    )
+    linear_projection: bool = False  # files store proj_in and proj_out as linear maps (SD 2) or as 1x1 convolutions
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ class ScheduleConfig:
     beta_end: float = 0.012
     curve: Literal["scaled_linear", "linear"] = "scaled_linear"
     prediction: Literal["epsilon", "v"] = "epsilon"
-    zero_terminal_snr: bool = (
-        False  # rescale so that alpha_bar_999 = 0 (Lin et al. 2024, algorithm 1)
-    )
+    zero_terminal_snr: bool = False  # rescale so that alpha_bar_999 = 0 (Lin et al. 2024, algorithm 1)
 
 
 @dataclass(frozen=True)
@@ -122,14 +118,10 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if set(value) != set(hints):
             missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
             raise ValueError(f"{where}: missing entries {missing}, unknown entries {unknown}")
-        return kind(
-            **{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
-        )
+        return kind(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
     if origin is Literal:
         if value not in args:
-            raise ValueError(
-                f"{where} must be one of {', '.join(map(repr, args))}, found {value!r}"
-            )
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, found {value!r}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
@@ -174,12 +166,8 @@ def check(config: ModelConfig) -> None:
         unet.context_width == clip.width,
         f"unet.context_width {unet.context_width} is not clip.width {clip.width}",
     )
-    need(
-        unet.out_channels == vae.latent_channels, "unet.out_channels and vae.latent_channels differ"
-    )
-    need(
-        unet.in_channels >= unet.out_channels, "unet.in_channels is smaller than unet.out_channels"
-    )
+    need(unet.out_channels == vae.latent_channels, "unet.out_channels and vae.latent_channels differ")
+    need(unet.in_channels >= unet.out_channels, "unet.in_channels is smaller than unet.out_channels")
     need(
         len(unet.channels) == len(unet.attention) == len(unet.heads),
         "unet levels disagree in number",
@@ -189,9 +177,7 @@ def check(config: ModelConfig) -> None:
         need(channels % heads == 0, f"unet: {channels} channels cannot be split into {heads} heads")
     for part, groups in ((unet, unet.groups), (vae, vae.groups)):
         for channels in part.channels:
-            need(
-                channels % groups == 0, f"{channels} channels cannot be split into {groups} groups"
-            )
+            need(channels % groups == 0, f"{channels} channels cannot be split into {groups} groups")
     need(
         0 < vae.scaling_factor < 100,
         f"vae.scaling_factor {vae.scaling_factor} must lie in (0, 100)",
@@ -201,9 +187,7 @@ def check(config: ModelConfig) -> None:
         "schedule betas must satisfy 0 < start < end < 1",
     )
     need(1 < schedule.steps <= 100_000, f"schedule.steps {schedule.steps} must lie in (1, 100000]")
-    need(
-        config.image_size % vae.downscale == 0, f"image_size must be a multiple of {vae.downscale}"
-    )
+    need(config.image_size % vae.downscale == 0, f"image_size must be a multiple of {vae.downscale}")
 
 
 SD15 = ModelConfig(name="sd15")
@@ -237,9 +221,7 @@ TINY = ModelConfig(
     name="tiny",
     clip=CLIPConfig(width=64, layers=2, heads=2, mlp_width=256),
     vae=VAEConfig(channels=(16, 32, 32, 32), res_blocks=1, groups=8),
-    unet=UNetConfig(
-        channels=(32, 64, 64, 64), heads=(2, 2, 2, 2), res_blocks=1, context_width=64, groups=16
-    ),
+    unet=UNetConfig(channels=(32, 64, 64, 64), heads=(2, 2, 2, 2), res_blocks=1, context_width=64, groups=16),
     image_size=64,
 )
 """A few million parameters of the same shape in small, for tests and for trying things out."""

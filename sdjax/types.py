@@ -45,7 +45,5 @@ class Conditioning(NamedTuple):
     concat: Array | None = None
 
 
-Predictor = Callable[
-    [Latent, Level], Latent
-]  # (scaled latent, level) -> the network's output (epsilon or v)
+Predictor = Callable[[Latent, Level], Latent]  # (scaled latent, level) -> the network's output (epsilon or v)
 Denoiser = Callable[[Latent, Level], Latent]  # (x, level) -> x0_hat

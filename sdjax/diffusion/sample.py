@@ -66,16 +66,11 @@ def _step(
     index: Array,
 ) -> Any:
     shape = carry.x.shape[1:]
-    noise = tuple(
-        draw(keys, 1 + index * method.draws + k, shape).astype(carry.x.dtype)
-        for k in range(method.draws)
-    )
+    noise = tuple(draw(keys, 1 + index * method.draws + k, shape).astype(carry.x.dtype) for k in range(method.draws))
     return method.step(make_denoiser(inputs), carry, row, noise)
 
 
-def sample(
-    make_denoiser: MakeDenoiser, inputs: Any, method: Method, rows: Any, x: Latent, keys: Array
-) -> Latent:
+def sample(make_denoiser: MakeDenoiser, inputs: Any, method: Method, rows: Any, x: Latent, keys: Array) -> Latent:
     """Runs the sampler over all rows and returns the last x.
 
     rows: what the sampler's `plan` gave, leading axis s (s = 0 returns x). x: f32[b, h, w, c] at

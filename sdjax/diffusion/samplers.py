@@ -2,30 +2,29 @@
 
 Every coefficient of a sampler depends on the sigmas alone. `plan(sigma)` computes them in
 float64 (no infinities, no NaN, no special first step left for later), so the jitted step is plain
-arithmetic and all samplers of one method share one compiled program. `lambda = -log(sigma)` and `h
-= lambda' - lambda` as in Lu et al. 2022 ("DPM-Solver++"); sigma' is the next level.
+arithmetic and all samplers of one method share one compiled program. lambda = -log(sigma) and h = lambda' - lambda as
+in Lu et al. 2022 ("DPM-Solver++"); sigma' is the next level.
 
     name          order  UNet calls per step  noise  source
     ddim          1      1                    eta    Song et al. 2021, eq. 12
-    ddpm          1      1                    yes    Ho et al. 2020, algorithm 2 (variance beta
-    tilde) euler         1      1                    no     Karras et al. 2022, algorithm 1 without
-    churn euler_a       1      1                    yes    ancestral Euler, eta 1 (Song et al. 2021,
-    eq. 16) lms           4      1                    no     Adams-Bashforth on the sigma grid plms
-    4      1, one more in all   no     Liu et al. 2022, algorithm 2 ("PNDM") dpmpp_2m      2      1
-    no     Lu et al. 2022, algorithm 2 dpmpp_2m_sde  2      1                    yes    Lu et al.
-    2022, section 5 (midpoint form) unipc         2      1                    no     Zhao et al.
-    2023, B(h) = e^h - 1, predictor and corrector lcm           1      1                    yes
-    Luo et al. 2023, algorithm 3 (for distilled models) heun          2      2                    no
-    Karras et al. 2022, algorithm 1 dpm2          2      2                    no     Karras et al.
-    2022, eq. 3 with the geometric midpoint dpm2_a        1      2                    yes    the
-    same, ancestral dpmpp_sde     1      2                    yes    Lu et al. 2022, algorithm 1 on
-    the SDE, r = 1/2
+    ddpm          1      1                    yes    Ho et al. 2020, algorithm 2 (variance beta tilde)
+    euler         1      1                    no     Karras et al. 2022, algorithm 1 without churn
+    euler_a       1      1                    yes    ancestral Euler, eta 1 (Song et al. 2021, eq. 16)
+    lms           4      1                    no     Adams-Bashforth on the sigma grid
+    plms          4      1, one more in all   no     Liu et al. 2022, algorithm 2 ("PNDM")
+    dpmpp_2m      2      1                    no     Lu et al. 2022, algorithm 2
+    dpmpp_2m_sde  2      1                    yes    Lu et al. 2022, section 5 (midpoint form)
+    unipc         2      1                    no     Zhao et al. 2023, B(h) = e^h - 1, predictor and corrector
+    lcm           1      1                    yes    Luo et al. 2023, algorithm 3 (for distilled models)
+    heun          2      2                    no     Karras et al. 2022, algorithm 1
+    dpm2          2      2                    no     Karras et al. 2022, eq. 3 with the geometric midpoint
+    dpm2_a        1      2                    yes    the same, ancestral
+    dpmpp_sde     1      2                    yes    Lu et al. 2022, algorithm 1 on the SDE, r = 1/2
 
-In sigma space Euler is variance-preserving DDIM with eta 0, and ancestral Euler is DDIM with eta 1,
-which is
-DDPM: three names, one table. The last level is sigma = 0 for all of them: the final picture is
-x0_hat. (DDIM with `set_alpha_to_one=False` stops at the first training level instead and leaves 3 %
-noise in the latent.) The last step of a sampler with two calls is an Euler step with one.
+In sigma space Euler is variance-preserving DDIM with eta 0, and ancestral Euler is DDIM with eta 1, which is DDPM:
+three names, one table. The last level is sigma = 0 for all of them: the final picture is x0_hat. (DDIM with
+`set_alpha_to_one=False` stops at the first training level instead and leaves 3 % noise in the latent.) The last step
+of a sampler with two calls is an Euler step with one.
 """
 
 from __future__ import annotations
@@ -133,9 +132,7 @@ class TwoStage:
         y = times(row.middle[0], x) + times(row.middle[1], first)
         if self.draws > 1:
             y += times(row.middle[2], noise[1])
-        second = jax.lax.cond(
-            row.two_calls, lambda: denoise(y, _level(row.levels, 1)), lambda: first
-        )
+        second = jax.lax.cond(row.two_calls, lambda: denoise(y, _level(row.levels, 1)), lambda: first)
         after = times(row.final[0], x) + times(row.final[1], first) + times(row.final[2], second)
         for k in range(self.draws):
             after += times(row.final[3 + k], noise[k])
@@ -329,9 +326,7 @@ def plan_lcm(sigma: np.ndarray) -> MultistepRow:
     return rows
 
 
-def _two_stage_rows(
-    sigma: np.ndarray, second: np.ndarray, middle: np.ndarray, final: np.ndarray
-) -> TwoStageRow:
+def _two_stage_rows(sigma: np.ndarray, second: np.ndarray, middle: np.ndarray, final: np.ndarray) -> TwoStageRow:
     """A table whose last row, if it ends at sigma = 0, is one Euler step: x' = D."""
     two_calls = sigma[1:] > 0
     middle = np.where(two_calls[:, None], middle, [1.0, 0.0, 0.0])

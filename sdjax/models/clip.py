@@ -72,19 +72,13 @@ class TextEncoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         small = nn.initializers.normal(0.02)
-        self.token_embedding = self.param(
-            "token_embedding", small, (config.vocab_size, config.width)
-        )
-        self.position_embedding = self.param(
-            "position_embedding", small, (config.length, config.width)
-        )
+        self.token_embedding = self.param("token_embedding", small, (config.vocab_size, config.width))
+        self.position_embedding = self.param("position_embedding", small, (config.length, config.width))
         self.layer = [Layer(config) for _ in range(config.layers)]
         self.final_norm = LayerNorm()
         if config.projection is not None:
             self.projection = Dense(config.projection, bias=False)
-            self.logit_scale = self.param(
-                "logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ()
-            )
+            self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def __call__(self, ids: Array, skip: int | None = None) -> TextOutput:
         """`skip` overrides `config.skip`: 1 leaves out the last layer ("clip skip 2" in other
@@ -103,9 +97,7 @@ class TextEncoder(nn.Module):
         last_hidden_state = self.final_norm(hidden_states[-1 - skip])
         pooled = None
         if self.config.projection is not None:
-            end = jnp.argmax(
-                ids == self.config.vocab_size - 1, axis=1
-            )  # end of text is the vocabulary's last entry
+            end = jnp.argmax(ids == self.config.vocab_size - 1, axis=1)  # end of text is the vocabulary's last entry
             states = self.final_norm(hidden_states[-1])
             pooled = self.projection(states[jnp.arange(ids.shape[0]), end])
         return TextOutput(last_hidden_state, tuple(hidden_states), pooled)

@@ -202,10 +202,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
 
 def _scores_attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     """Attention that holds every score at once."""
-    scores = (
-        jnp.einsum("blnd,bmnd->bnlm", q, k, preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
+    scores = jnp.einsum("blnd,bmnd->bnlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if causal:
         scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -226,9 +223,7 @@ def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
     if rows >= length:
         return _scores_attention(q, k, v)
     chunks = _split_queries(q.swapaxes(0, 1), rows)  # [chunks, rows, b, n, d]
-    out = lax.map(
-        lambda part: _scores_attention(part.swapaxes(0, 1), k, v), chunks
-    )  # [chunks, b, rows, n, d]
+    out = lax.map(lambda part: _scores_attention(part.swapaxes(0, 1), k, v), chunks)  # [chunks, b, rows, n, d]
     return out.swapaxes(0, 1).reshape(b, -1, n, d)[:, :length]
 
 

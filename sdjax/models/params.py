@@ -30,9 +30,7 @@ def abstract_params(config: ModelConfig) -> Params:
     return {
         "text": jax.eval_shape(TextEncoder(config.clip).init, key, ids)["params"],
         "vae": jax.eval_shape(VAE(config.vae).init, key, image)["params"],
-        "unet": jax.eval_shape(UNet(config.unet).init, key, latent, jnp.zeros(1), context)[
-            "params"
-        ],
+        "unet": jax.eval_shape(UNet(config.unet).init, key, latent, jnp.zeros(1), context)["params"],
     }
 
 

@@ -152,9 +152,7 @@ class Level(nn.Module):
         return [block.time_shift(embedding) for block in self.res]
 
     def text_kv(self, context: Array) -> list[Any]:
-        return (
-            [transformer.text_kv(context) for transformer in self.attention] if self.attends else []
-        )
+        return [transformer.text_kv(context) for transformer in self.attention] if self.attends else []
 
     def block(self, i: int, x: Array, time: list[Array], kv: list[Any]) -> Array:
         x = self.res[i](x, time[i])
@@ -167,9 +165,7 @@ class Middle(nn.Module):
     def setup(self) -> None:
         width, groups = self.config.channels[-1], self.config.groups
         self.res = [ResBlock(width, groups, RES_EPSILON, skip=False, time=True) for _ in range(2)]
-        self.attention = Transformer(
-            width, self.config.heads[-1], self.config.transformer_layers, groups
-        )
+        self.attention = Transformer(width, self.config.heads[-1], self.config.transformer_layers, groups)
 
     def time_shifts(self, embedding: Array) -> list[Array]:
         return [block.time_shift(embedding) for block in self.res]
@@ -202,9 +198,7 @@ class UNet(nn.Module):
         for i, features in enumerate(channels):
             ins = (width, *[features] * (blocks - 1))
             resample = "down" if i < last else None
-            down.append(
-                Level(config, ins, features, config.heads[i], config.attention[i], resample)
-            )
+            down.append(Level(config, ins, features, config.heads[i], config.attention[i], resample))
             skips += [features] * (blocks + (i < last))
             width = features
         self.down = down
@@ -223,9 +217,7 @@ class UNet(nn.Module):
 
     def time_table(self, t: Array) -> Any:
         """t f|i32[...] -> the shift of every residual block, a pytree of f[..., c]."""
-        embedding = self.time_fc2(
-            nn.silu(self.time_fc1(timestep_embedding(t, self.config.channels[0])))
-        )
+        embedding = self.time_fc2(nn.silu(self.time_fc1(timestep_embedding(t, self.config.channels[0]))))
         return [part.time_shifts(embedding) for part in (*self.down, self.mid, *self.up)]
 
     def text_kv(self, context: Array) -> Any:

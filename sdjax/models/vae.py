@@ -29,9 +29,7 @@ class Posterior(NamedTuple):
 
     def sample(self, key: Array) -> Array:
         """One draw, f32[b, h, w, c], by the reparameterisation z = mean + std * noise."""
-        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(
-            key, self.mean.shape, jnp.float32
-        )
+        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, jnp.float32)
 
 
 class AttentionBlock(nn.Module):
@@ -77,10 +75,7 @@ class Level(nn.Module):
 
     def setup(self) -> None:
         widths = [self.in_features] + [self.features] * self.blocks
-        self.res = [
-            ResBlock(after, self.groups, EPSILON, skip=before != after)
-            for before, after in pairwise(widths)
-        ]
+        self.res = [ResBlock(after, self.groups, EPSILON, skip=before != after) for before, after in pairwise(widths)]
         if self.resample == "down":  # pads right and bottom only
             self.downsample = Conv(self.features, stride=2, padding=(0, 1))
         elif self.resample == "up":

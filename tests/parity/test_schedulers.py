@@ -36,9 +36,7 @@ from sdjax.diffusion.samplers import SAMPLERS, ddim
 from sdjax.diffusion.schedule import noise_schedule
 from sdjax.types import Level
 
-COMMON = dict(
-    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-)
+COMMON = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SCHEDULE = noise_schedule(ScheduleConfig())
 SHAPE = (2, 4, 4, 3)
 STEPS = (10, 25, 50)
@@ -69,9 +67,7 @@ def run_diffusers(scheduler, x, monkeypatch):
     module = sys.modules[type(scheduler).__module__]
     drawn = iter(range(10_000))
     if hasattr(module, "randn_tensor"):
-        monkeypatch.setattr(
-            module, "randn_tensor", lambda *args, **kwargs: torch.tensor(noise(next(drawn)))
-        )
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.tensor(noise(next(drawn))))
     x = torch.tensor(x)
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
@@ -113,9 +109,7 @@ X_T = noise(-1)
 def test_variance_preserving_samplers_agree_with_diffusers(name, spacing, steps, monkeypatch):
     prediction = "v_prediction" if name == "ddim_v" else "epsilon"
     offset = 1 if spacing == "leading" else 0
-    common = COMMON | dict(
-        timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction
-    )
+    common = COMMON | dict(timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction)
     if name == "ddpm":
         scheduler = diffusers.DDPMScheduler(**common, clip_sample=False)
     elif name == "plms":
@@ -211,9 +205,7 @@ def test_dpmpp_sde_agrees_with_diffusers(monkeypatch):
 
     monkeypatch.setattr(module, "BrownianTreeNoiseSampler", Increments)
     for steps in STEPS:
-        scheduler = module.DPMSolverSDEScheduler(
-            **COMMON, use_karras_sigmas=True, timestep_spacing="linspace"
-        )
+        scheduler = module.DPMSolverSDEScheduler(**COMMON, use_karras_sigmas=True, timestep_spacing="linspace")
         scheduler.set_timesteps(steps)
         sigma = unique(scheduler.sigmas)
         start = np.float32(np.sqrt(1 + sigma[0] ** 2))

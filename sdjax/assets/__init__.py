@@ -1,0 +1,1 @@
+"""Data files that every installation carries, and the scripts that made them."""
