@@ -118,7 +118,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if set(value) != set(hints):
             missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
             raise ValueError(f"{where}: missing entries {missing}, unknown entries {unknown}")
-        return kind(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+        make: Any = kind
+        return make(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, found {value!r}")

@@ -21,13 +21,13 @@ from sdjax import image as images
 from sdjax.config import ModelConfig
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
 from sdjax.diffusion.sample import image_keys, initial_noise, sample, stream, with_time_table
-from sdjax.diffusion.samplers import SAMPLERS, Method, Sampler, ddim
-from sdjax.diffusion.schedule import noise_schedule, start_step
+from sdjax.diffusion.samplers import SAMPLERS, Method, ddim
+from sdjax.diffusion.schedule import SPACINGS, noise_schedule, start_step
 from sdjax.models.clip import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.tokenizer import Tokenizer
-from sdjax.types import Array, Denoiser, Latent, Level, Params
+from sdjax.types import Array, Denoiser, Latent, Level, Params, Predictor
 
 BATCH = 8
 """Pictures made at once; longer requests are worked through in batches of this size."""
@@ -62,15 +62,18 @@ class MakeDenoiser:
     def __call__(self, inputs: Inputs) -> Denoiser:
         unet = UNet(self.config.unet)
 
-        def predict(x: Latent, level: Level) -> Latent:
+        def predict(x: Latent, level: Level) -> Any:
             if inputs.concat is not None:
                 x = jnp.concatenate([x, inputs.concat], axis=-1)
-            return unet.apply({"params": inputs.unet}, x, level.time, inputs.context_kv, method="predict")  # type: ignore
+            return unet.apply({"params": inputs.unet}, x, level.time, inputs.context_kv, method="predict")
 
+        network: Predictor = predict
         if self.guided:
-            predict = guided(predict, inputs.guidance, inputs.rescale, inputs.interval)
-        denoise = to_denoiser(predict, self.config.schedule.prediction)
-        return denoise if inputs.known is None else keep_known(denoise, inputs.known, inputs.mask)
+            network = guided(predict, inputs.guidance, inputs.rescale, inputs.interval)
+        denoise = to_denoiser(network, self.config.schedule.prediction)
+        if inputs.known is None or inputs.mask is None:
+            return denoise
+        return keep_known(denoise, inputs.known, inputs.mask)
 
 
 @partial(jax.jit, static_argnames=("config", "skip"))
@@ -271,8 +274,22 @@ class Pipeline:
     ) -> list[Image.Image]:
         config, params = self.config, self.params
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        check_settings(steps, guidance, guidance_rescale, guidance_interval, seed, count, batch)
-        plan = _sampler(sampler, eta)
+        check_settings(
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            sampler=sampler,
+            spacing=spacing,
+            eta=eta,
+            seed=seed,
+            count=count,
+            clip_skip=clip_skip,
+            strength=strength,
+            batch=batch,
+        )
+        plan = SAMPLERS[sampler] if eta is None else ddim(eta)
         schedule = noise_schedule(config.schedule)
         sigma = schedule.levels(steps, spacing)
         low, high = _interval(sigma, guidance_interval)
@@ -393,16 +410,6 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _sampler(name: str, eta: float | None) -> Sampler:
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
-    if eta is None:
-        return SAMPLERS[name]
-    if name != "ddim":
-        raise ValueError(f"eta belongs to the sampler ddim, not to {name}; leave it out")
-    return ddim(eta)
-
-
 def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float, float]:
     """Fractions of the steps -> the sigmas (low, high] that the guided steps start from."""
     steps = len(sigma) - 1
@@ -413,7 +420,20 @@ def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float,
 
 
 def check_settings(
-    steps: Any, guidance: Any, guidance_rescale: Any, guidance_interval: Any, seed: Any, count: Any, batch: Any
+    *,
+    negative_prompt: Any = "",
+    steps: Any = 25,
+    guidance: Any = 7.5,
+    guidance_rescale: Any = 0.0,
+    guidance_interval: Any = (0.0, 1.0),
+    sampler: Any = "dpmpp_2m",
+    spacing: Any = "karras",
+    eta: Any = None,
+    seed: Any = 0,
+    count: Any = 1,
+    clip_skip: Any = None,
+    strength: Any = None,
+    batch: Any = BATCH,
 ) -> None:
     """Raises ValueError, naming the setting, what was expected and what was found, unless all are usable."""
 
@@ -424,15 +444,25 @@ def check_settings(
     def is_int(value: Any) -> bool:
         return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
-    def is_real(value: Any) -> bool:
-        return isinstance(value, int | float | np.integer | np.floating) and bool(np.isfinite(value))
+    def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
+        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        return number and bool(np.isfinite(value)) and low <= value <= high
 
+    need(isinstance(negative_prompt, str), "negative_prompt", "a string", negative_prompt)
     need(is_int(steps) and steps > 0, "steps", "a whole number above 0", steps)
     need(is_real(guidance), "guidance", "a finite number", guidance)
-    need(is_real(guidance_rescale) and 0 <= guidance_rescale <= 1, "guidance_rescale", "in [0, 1]", guidance_rescale)
-    good = len(guidance_interval) == 2 and all(map(is_real, guidance_interval))
-    good = good and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+    need(is_real(guidance_rescale, 0, 1), "guidance_rescale", "in [0, 1]", guidance_rescale)
+    good = isinstance(guidance_interval, tuple | list) and len(guidance_interval) == 2
+    good = (
+        good and all(is_real(end, 0, 1) for end in guidance_interval) and guidance_interval[0] <= guidance_interval[1]
+    )
     need(good, "guidance_interval", "two fractions of the steps, 0 <= start <= stop <= 1", guidance_interval)
+    need(sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", sampler)
+    need(spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}", spacing)
+    need(eta is None or sampler == "ddim", "eta", f"left out for {sampler} (it belongs to ddim)", eta)
+    need(eta is None or is_real(eta, 0, 1), "eta", "in [0, 1]", eta)
     need(is_int(count) and count > 0, "count", "a whole number above 0", count)
     need(is_int(batch) and batch > 0, "batch", "a whole number above 0", batch)
     need(is_int(seed) and 0 <= seed <= 2**32 - count, "seed", "a whole number in [0, 2^32 - count]", seed)
+    need(clip_skip is None or (is_int(clip_skip) and clip_skip >= 0), "clip_skip", "a whole number from 0", clip_skip)
+    need(strength is None or is_real(strength, 0, 1), "strength", "in [0, 1]", strength)

@@ -88,11 +88,16 @@ class Tokenizer:
 
     @property
     def start(self) -> int:
-        return self.engine.token_to_id(START)
+        return self._id(START)
 
     @property
     def end(self) -> int:
-        return self.engine.token_to_id(END)
+        return self._id(END)
+
+    def _id(self, token: str) -> int:
+        found = self.engine.token_to_id(token)
+        assert found is not None, "every engine is built with both"
+        return found
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without start and end.

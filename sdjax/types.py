@@ -1,5 +1,4 @@
-"""Names shared by every module: array aliases, the axis letters, and the two small pytrees that
-travel through sampling.
+"""Names shared by every module: array aliases, the axis letters, and the noise level that travels through sampling.
 
 Axis letters, the same everywhere: b images, h w latent grid, H W pixels, c channels, l tokens, d
 width, n heads, s steps.
@@ -30,19 +29,6 @@ class Level(NamedTuple):
     sigma: Any
     t: Any
     time: Any = None
-
-
-class Conditioning(NamedTuple):
-    """Everything the UNet sees besides x and t.
-
-    context_kv: the text keys and values of every cross-attention (`UNet.text_kv`), computed once
-    per prompt.
-    concat: f[b, h, w, k] channels put behind the latent (mask and masked image of an inpainting
-    model), or None.
-    """
-
-    context_kv: Any
-    concat: Array | None = None
 
 
 Predictor = Callable[[Latent, Level], Latent]  # (scaled latent, level) -> the network's output (epsilon or v)

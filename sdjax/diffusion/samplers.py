@@ -166,7 +166,7 @@ def _level(levels: Level, k: int) -> Level:
     return jax.tree.map(lambda leaf: leaf[k], levels)
 
 
-def _times(x: Latent, value: Array, y: Array) -> Array:
+def _times(x: Latent, value: Any, y: Array) -> Array:
     return per_image(value.astype(x.dtype), x) * y
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import jax
@@ -31,6 +32,14 @@ def abstract_params(config: ModelConfig) -> Params:
         "text": jax.eval_shape(TextEncoder(config.clip).init, key, ids)["params"],
         "vae": jax.eval_shape(VAE(config.vae).init, key, image)["params"],
         "unet": jax.eval_shape(UNet(config.unet).init, key, latent, jnp.zeros(1), context)["params"],
+    }
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """The number of parameters of each part, "text", "vae" and "unet"."""
+    return {
+        part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for part, tree in abstract_params(config).items()
     }
 
 

@@ -1,0 +1,119 @@
+"""Reading .safetensors: 8 bytes with the length of the header (little endian), the header as JSON, then the data.
+
+The header is checked in full before a tensor is read: known dtypes, sizes that fit their shapes, and data without
+holes, overlaps or anything behind it. Old files whose data is not aligned are fine: every tensor is read into memory of
+its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.source import DTYPES, MAX_TENSORS, CheckpointError, Source, TensorInfo, read_at
+
+HEADER_BOUND = 100_000_000  # bytes, the format's own bound
+OLD_PREFIX = "state_dict."  # of files in which a nested dict was flattened
+
+
+def open_safetensors(path: Path) -> Source:
+    """Opens a file. Raises CheckpointError if anything about its header is wrong."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        length = int.from_bytes(read_at(descriptor, path, 0, 8).tobytes(), "little")
+        if not 2 <= length <= HEADER_BOUND:
+            raise CheckpointError(f"{path}: a header of {length} bytes; expected 2 to {HEADER_BOUND}")
+        if 8 + length > size:
+            raise CheckpointError(f"{path}: the file is cut off within its header; get it again")
+        header = _parse(path, read_at(descriptor, path, 8, length).tobytes())
+        metadata, places = _check(path, header, size - 8 - length)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    start = 8 + length
+
+    def read(name: str) -> np.ndarray:
+        info, begin, end = places[name]
+        return read_at(descriptor, path, start + begin, end - begin).view(DTYPES[info.dtype]).reshape(info.shape)
+
+    tensors = {name: info for name, (info, _, _) in places.items()}
+    return Source(path, "safetensors", tensors, read, lambda: os.close(descriptor), metadata=metadata)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: the header has {twice!r} twice")
+        return result
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not JSON ({str(error)[:100]})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is {type(header).__name__}, expected a JSON object")
+    return header
+
+
+Places = dict[str, tuple[TensorInfo, int, int]]
+
+
+def _check(path: Path, header: dict[str, Any], size: int) -> tuple[dict[str, str], Places]:
+    metadata = header.pop("__metadata__", {})
+    strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if not strings:
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+    if not 0 < len(header) <= MAX_TENSORS:
+        raise CheckpointError(f"{path}: {len(header)} tensors; expected 1 to {MAX_TENSORS}")
+    nested = all(name.startswith(OLD_PREFIX) for name in header)
+    places: Places = {}
+    for name, entry in header.items():
+        info, begin, end = _entry(path, name, entry)
+        places[name.removeprefix(OLD_PREFIX) if nested else name] = (info, begin, end)
+    at = 0
+    for name, (_, begin, end) in sorted(places.items(), key=lambda item: item[1][1:]):
+        if begin != at:
+            kind = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
+            raise CheckpointError(f"{path}: the data of {name} {kind}")
+        at = end
+    if at > size:
+        raise CheckpointError(
+            f"{path}: {size} bytes of data where the header says {at}; the file is cut off, get it again"
+        )
+    if at < size:
+        raise CheckpointError(
+            f"{path}: {size - at} bytes behind the last tensor; this is not a plain .safetensors file"
+        )
+    return metadata, places
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    def naturals(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: {name} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has the dtype {dtype!r}, which is not supported"[:300])
+    if not naturals(shape) or not naturals(offsets) or len(offsets) != 2 or len(shape) > 16:
+        raise CheckpointError(
+            f"{path}: {name} has the shape {shape!r} and offsets {offsets!r}, which make no tensor"[:300]
+        )
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointError(
+            f"{path}: {name} has {offsets[1] - offsets[0]} bytes for the shape {shape} in {dtype}"[:300]
+        )
+    return TensorInfo(dtype, tuple(shape)), offsets[0], offsets[1]

@@ -1,0 +1,192 @@
+"""One checkpoint file, whatever its format: names, dtypes and shapes at once, the numbers tensor by tensor.
+
+What a file is, is found by its first bytes and never by its name. Opening reads headers alone; `Source.read` reads one
+tensor into memory of its own, so that nothing of the file stays resident.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+"""Stored dtypes by their name in .safetensors files."""
+
+MAX_TENSORS = 100_000
+MAX_DEPTH = 8  # of dicts within dicts
+
+WHAT_IT_IS = (
+    (b"GGUF", "a GGUF file, whose quantised weights are not supported"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"\x1f\x8b", "a gzip file; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with git lfs pull"),
+    (b"\x89HDF", "an HDF5 file; expected a .ckpt or .safetensors"),
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; one line that names the file and says why."""
+
+
+class TensorInfo(NamedTuple):
+    """A stored tensor's dtype, a key of `DTYPES`, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Source:
+    """An open file. format: "ckpt", "ckpt-legacy" or "safetensors". skipped: entries that are no tensors -> their type.
+
+    Use as a context manager. `read` may be called from several threads.
+    """
+
+    path: Path
+    format: str
+    tensors: dict[str, TensorInfo]
+    reader: Callable[[str], np.ndarray]
+    close: Callable[[], None]
+    skipped: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as a new C-contiguous array, in the stored dtype. Raises CheckpointError if the file got shorter."""
+        return self.reader(name)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a checkpoint file.
+
+    Raises:
+        FileNotFoundError: no such file. CheckpointError: not a checkpoint, damaged, or unsafe.
+    """
+    from convert import legacy_file, safetensors_file, torch_file
+
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        what = "a symbolic link to nothing" if path.is_symlink() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}") from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise CheckpointError(f"{path}: {what}; expected a .ckpt or .safetensors file")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head.startswith(b"PK\x03\x04"):
+        return torch_file.open_torch(path)
+    if len(head) > 8 and head[8:9] in b"{ " and int.from_bytes(head[:8], "little") > 0:
+        return safetensors_file.open_safetensors(path)
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        return legacy_file.open_legacy(path)
+    raise CheckpointError(f"{path}: {_what_it_is(head, path)}")
+
+
+def _what_it_is(head: bytes, path: Path) -> str:
+    for magic, what in WHAT_IT_IS:
+        if head.startswith(magic):
+            return what
+    size = path.stat().st_size
+    if size < 16:
+        return f"only {size} bytes; the download failed, get the file again"
+    if head[257:262] == b"ustar":
+        return "a tar archive (torch before 1.0 wrote such); load and save it again with torch"
+    if head.lstrip()[:1] == b"<":
+        return "a web page, not a checkpoint; the download failed, get the file again"
+    if not any(head):
+        return "filled with zeros; the download failed, get the file again"
+    return "not a checkpoint that is known; expected a .ckpt or .safetensors file"
+
+
+def read_at(descriptor: int, path: Path, begin: int, size: int) -> np.ndarray:
+    """`size` bytes of an open file from `begin`, in a new array u8[size]."""
+    buffer = np.empty(size, np.uint8)
+    view = buffer.data
+    done = 0
+    while done < size:
+        count = os.preadv(descriptor, [view[done:]], begin + done)
+        if count == 0:
+            raise CheckpointError(f"{path}: ends before byte {begin + size}; the file is cut off, get it again")
+        done += count
+    return buffer
+
+
+def unwrap(
+    state: Any, path: Path, is_tensor: Callable[[Any], bool]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """The tensors in what a pickle held, by dotted name; what else was there, name -> type; and its metadata.
+
+    `state_dict` wrappers, and others of one key, are opened; an empty one inside is left out.
+
+    Raises:
+        CheckpointError: no dict, nested too deep, or with too many entries.
+    """
+    metadata: dict[str, str] = {}
+    for _ in range(MAX_DEPTH):
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: holds {type(state).__name__} where a dict of tensors was expected")
+        if type(state.get("global_step")) is int:
+            metadata["global_step"] = str(state["global_step"])
+        inner = state.get("state_dict")
+        if inner is None and len(state) == 1:
+            inner = next(iter(state.values()))
+        if not isinstance(inner, dict) or not inner:
+            break
+        state = inner
+    tensors: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+
+    def flatten(entries: dict[Any, Any], prefix: str, depth: int) -> None:
+        for key, value in entries.items():
+            name = prefix + str(key)
+            if isinstance(value, dict) and value:
+                if depth == MAX_DEPTH:
+                    raise CheckpointError(f"{path}: dicts nested more than {MAX_DEPTH} deep; this is no checkpoint")
+                flatten(value, name + ".", depth + 1)
+            elif not is_tensor(value):
+                skipped[name] = type(value).__name__
+            elif name in tensors:
+                raise CheckpointError(f"{path}: two tensors are called {name}")
+            else:
+                tensors[name] = value
+            if len(tensors) + len(skipped) > MAX_TENSORS:
+                raise CheckpointError(f"{path}: more than {MAX_TENSORS} entries; this is no checkpoint")
+
+    flatten(state, "", 1)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return tensors, skipped, metadata

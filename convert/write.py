@@ -1,0 +1,146 @@
+"""Writing a model for other programs: .safetensors in the original (CompVis) names, or a diffusers folder.
+
+The inverse of `convert.read` by the same table, so a round trip gives the same bits. Tensors are laid out and written
+one by one; the result appears under its final name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.detect import CONFIG_KEY
+from convert.diffusers import FOLDERS, STEMS, TOKENIZER_FILES, diffusers_json, without_unused_layers
+from convert.names import PARTS, Entry, entries, text_spelling
+from sdjax.checkpoint import new_file, new_folder
+from sdjax.config import ModelConfig
+from sdjax.tokenizer import END, START, clip_tokenizer
+from sdjax.types import Params
+
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+Tensor = tuple[str, Entry, Params]  # its name in the file, what it is, and the part's tree
+
+Progress = Callable[[int, int], None]
+
+
+def write_safetensors(
+    path: str | Path, config: ModelConfig, params: Params, *, force: bool = False, progress: Progress | None = None
+) -> None:
+    """One .safetensors file in the names of the original code, as other programs take it.
+
+    The configuration goes into the file's metadata, so that reading it back needs no guess.
+
+    Raises:
+        FileExistsError: `path` is there and `force` is not given. OSError: it could not be written; nothing is left.
+    """
+    spelling = text_spelling(config.clip)
+    spellings = {"text": spelling, "vae": "compvis", "unet": "compvis"}
+    text = "cond_stage_model.model." if spelling == "openclip" else "cond_stage_model.transformer.text_model."
+    prefixes = {"text": text, "vae": "first_stage_model.", "unet": "model.diffusion_model."}
+    tensors = [
+        (prefixes[part] + entry.name, entry, params[part])
+        for part in PARTS
+        for entry in entries(config, part, spellings[part])
+    ]
+    metadata = {"format": "pt", CONFIG_KEY: config.to_json()}
+    with new_file(Path(path), force) as temporary, open(temporary, "wb") as file:
+        _write(file, tensors, metadata, progress)
+
+
+def write_diffusers(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """A folder that diffusers' `StableDiffusionPipeline.from_pretrained` loads. tokenizer: a folder to copy, or None.
+
+    Layers of the text encoder that are never used (the last of Stable Diffusion 2's) have no place there and are left
+    out. Raises as `write_safetensors`.
+    """
+    config = without_unused_layers(config)
+    with new_folder(Path(path), force) as folder:
+        for name, content in diffusers_json(config).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / "tokenizer").mkdir()
+        _write_tokenizer(folder / "tokenizer", config, None if tokenizer is None else Path(tokenizer))
+        for part in PARTS:
+            prefix = "text_model." if part == "text" else ""
+            tensors = [(prefix + entry.name, entry, params[part]) for entry in entries(config, part, "diffusers")]
+            with open(folder / FOLDERS[part] / f"{STEMS[part]['.safetensors']}.safetensors", "wb") as file:
+                _write(file, tensors, {"format": "pt"}, progress)
+
+
+def _write_tokenizer(folder: Path, config: ModelConfig, own: Path | None) -> None:
+    """The model's own tokenizer files, or CLIP's."""
+    if own is not None:
+        for name in TOKENIZER_FILES:
+            if (own / name).is_file():
+                shutil.copyfile(own / name, folder / name)
+        return
+    engine = clip_tokenizer().engine
+    model = json.loads(engine.to_str())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    pad = engine.id_to_token(config.clip.pad_token)
+    (folder / "vocab.json").write_text(json.dumps(engine.get_vocab(), ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "bos_token": START,
+                "eos_token": END,
+                "unk_token": END,
+                "pad_token": pad,
+                "model_max_length": config.clip.length,
+                "do_lower_case": True,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+def _leaves(tensor: Tensor) -> list[np.ndarray]:
+    found = []
+    for path in tensor[1].leaves:
+        leaf: Any = tensor[2]
+        for key in path:
+            leaf = leaf[key]
+        found.append(np.asarray(leaf))
+    return found
+
+
+def _write(file: BinaryIO, tensors: list[Tensor], metadata: dict[str, str], progress: Progress | None) -> None:
+    """The format: the header's length (8 bytes, little endian), the header as JSON, the tensors one after another."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for tensor in tensors:
+        name, entry, _ = tensor
+        dtype = jnp.dtype(_leaves(tensor)[0].dtype)
+        size = math.prod(entry.shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": entry.shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for array in _arrays(tensors):
+        file.write(array.reshape(-1).view(np.uint8).data)
+        if progress is not None:
+            progress(file.tell() - len(text) - 8, end)
+
+
+def _arrays(tensors: list[Tensor]) -> Iterator[np.ndarray]:
+    for tensor in tensors:
+        yield tensor[1].from_leaves(_leaves(tensor))

@@ -1,0 +1,243 @@
+"""Our own checkpoint: a folder with `config.json`, the parameters in Orbax' format, and its tokenizer if any.
+
+    model/config.json    `ModelConfig.to_json`
+    model/params/        Orbax, one array for each leaf of {"text", "vae", "unet"}, uncompressed
+    model/tokenizer/     vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
+
+A checkpoint is written under a temporary name beside its final one and renamed when it is whole. The dtype policy lives
+here too: parameters have one dtype, and the networks compute in the dtype of their parameters (`cast`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.config import ModelConfig
+from sdjax.models.params import abstract_params
+from sdjax.types import Params
+
+DTYPES = ("float32", "bfloat16", "float16")
+CONFIG_BOUND = 2**20  # bytes; a real config.json has 1.5 kB
+
+
+def dtype_of(part: str, dtype: str) -> str:
+    """The dtype of one part ("text", "vae", "unet") under the policy `dtype`.
+
+    In float16 the autoencoder stays in float32: the decoder of the published models overflows in float16.
+
+    Raises:
+        ValueError: not one of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
+    return "float32" if part == "vae" and dtype == "float16" else dtype
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """The parameters {"text", "vae", "unet"} in `dtype`, as the policy above has it; no copy where nothing changes."""
+
+    def cast_part(part: str) -> Params:
+        to = jnp.dtype(dtype_of(part, dtype))
+        return jax.tree.map(lambda leaf: leaf if leaf.dtype == to else leaf.astype(to), params[part])
+
+    return {part: cast_part(part) for part in params}
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is a folder laid out as above; what is in it is not looked at."""
+    return (Path(path) / "config.json").is_file() and (Path(path) / "params").is_dir()
+
+
+@contextmanager
+def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` if the block ends well, and is removed if not.
+
+    Raises:
+        FileExistsError: `path` is there and `force` is not given. FileNotFoundError: its parent is not there.
+    """
+    refuse_existing(path, force)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.is_dir() and not path.is_symlink():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.rename(old / path.name)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            path.unlink(missing_ok=True)
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """The same for a file: the block writes to a temporary name beside `path`. Raises as `new_folder`."""
+    refuse_existing(path, force)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises FileExistsError or FileNotFoundError if `path` must not or cannot be written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into; make it first")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} is already there; choose another name, or pass force (--force) to replace it")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+) -> None:
+    """Writes a checkpoint. params: {"text", "vae", "unet"} of arrays; tokenizer: a folder to copy in, or None.
+
+    Raises:
+        FileExistsError: `path` is there and `force` is not given. ValueError: the tree is not that of `config`.
+        OSError: it could not be written; nothing is left behind then.
+    """
+    from orbax.checkpoint import v1 as ocp  # 0.3 s to import
+
+    path = Path(path).absolute()
+    _check_tree(params, config, str(path))
+    with new_folder(path, force) as folder:
+        (folder / "config.json").write_text(config.to_json())
+        if tokenizer is not None:
+            (folder / "tokenizer").mkdir()
+            for file in sorted(Path(tokenizer).iterdir()):
+                if file.is_file() and file.suffix in (".json", ".txt"):
+                    shutil.copyfile(file, folder / "tokenizer" / file.name)
+        context = ocp.Context()
+        context.array.saving.use_compression = False
+        context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
+        with context:
+            ocp.save(folder / "params", params)
+
+
+def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None) -> tuple[ModelConfig, Params]:
+    """A checkpoint's configuration and parameters, put on the device.
+
+    dtype: "float32", "bfloat16" or "float16" to cast on the way (None: as stored). sharding: a jax Sharding for every
+    leaf (None: the default device).
+
+    Raises:
+        FileNotFoundError: no checkpoint at `path`. ValueError: it is damaged, holds symbolic links (which could read
+        files elsewhere), or does not fit its own config.json.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = Path(path).absolute()
+    if not is_checkpoint(path):
+        raise FileNotFoundError(f"{path}: no checkpoint here; expected a folder with config.json and params/")
+    config, stored = read_config(path), metadata(path)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(part: str) -> Params:
+        def like(leaf: Any) -> jax.ShapeDtypeStruct:
+            to = leaf.dtype if dtype is None else jnp.dtype(dtype_of(part, dtype))
+            return jax.ShapeDtypeStruct(leaf.shape, to, sharding=sharding)
+
+        return jax.tree.map(like, stored[part])
+
+    targets = {part: target(part) for part in stored}
+    try:
+        params = ocp.load(path / "params", targets)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {_damaged(error)}") from None
+    return config, params
+
+
+def metadata(path: str | Path) -> Params:
+    """Shape and dtype of every parameter of a checkpoint, checked against its config.json; raises as `restore`."""
+    from orbax.checkpoint import v1 as ocp
+
+    path = Path(path).absolute()
+    _refuse_links(path)
+    try:
+        stored = ocp.metadata(path / "params").metadata
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {_damaged(error)}") from None
+    _check_tree(stored, read_config(path), str(path))
+    return stored
+
+
+def _damaged(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"the parameters cannot be read ({reason}); convert the model or copy the folder again"
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The configuration in a checkpoint folder. Raises ValueError, naming the file, if it is none."""
+    file = path / "config.json"
+    if file.stat().st_size > CONFIG_BOUND:
+        raise ValueError(f"{file}: larger than {CONFIG_BOUND} bytes, so no configuration of ours")
+    try:
+        return ModelConfig.from_json(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _refuse_links(path: Path) -> None:
+    for folder, folders, files in os.walk(path / "params"):
+        for name in (*folders, *files):
+            mode = os.lstat(os.path.join(folder, name)).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ValueError(
+                    f"{os.path.join(folder, name)}: a symbolic link or special file inside a checkpoint; "
+                    "refused, because it could read any file of this machine"
+                )
+
+
+def _check_tree(params: Any, config: ModelConfig, where: str) -> None:
+    """Raises ValueError with the first differences unless the leaves have the names and shapes of `config`."""
+    expected = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    }
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(np.shape(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    differences = [
+        f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+        for name in sorted(expected | found)
+        if expected.get(name) != found.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{where}: the parameters are not those of {config.name} ({len(differences)} differences; "
+            f"{'; '.join(differences[:3])})"
+        )

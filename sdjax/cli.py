@@ -1,0 +1,286 @@
+"""The command line: `sdjax txt2img | img2img | inpaint | info | selftest`.
+
+Options left out take the values of the recipe given by --recipe, else the defaults of `Pipeline`. Whatever goes wrong
+with what the user gave is one line on the error stream and exit status 2; pictures made before that are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.schedule import SPACINGS
+
+TASKS = ("txt2img", "img2img", "inpaint")
+DEFAULTS: dict[str, Any] = {
+    "prompt": None,
+    "negative_prompt": "",
+    "model": "",
+    "seed": 0,
+    "steps": 25,
+    "guidance": 7.5,
+    "guidance_rescale": 0.0,
+    "sampler": "dpmpp_2m",
+    "spacing": "karras",
+    "eta": None,
+    "clip_skip": None,
+    "size": None,
+    "dtype": "float32",
+    "strength": None,
+    "image": None,
+    "mask": None,
+}
+STRENGTH = {"img2img": 0.75, "inpaint": 1.0}
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: console.print(f"sdjax: note: {message}", markup=False)
+        try:
+            return options.run(options)
+        except (ValueError, TypeError, OSError) as error:
+            line = " ".join(str(error).split())
+            console.print(f"sdjax: error: {line}", markup=False)
+            return 2
+        except KeyboardInterrupt:
+            console.print("sdjax: interrupted; the pictures made so far are kept", markup=False)
+            return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sdjax", description="Stable Diffusion in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    texts = {
+        "txt2img": "make pictures from a prompt",
+        "img2img": "make pictures from a prompt and a picture",
+        "inpaint": "make the white part of a mask anew",
+    }
+    for task in TASKS:
+        command = commands.add_parser(task, help=texts[task], description=texts[task] + ".")
+        command.set_defaults(run=generate, task=task)
+        _add_settings(command, task)
+    info = commands.add_parser("info", help="what a picture was made from, or what a model holds")
+    info.add_argument("path", help="a PNG, a checkpoint, a folder, a hub id or short name")
+    info.set_defaults(run=show_info)
+    test = commands.add_parser("selftest", help="check the numerics on this device against PyTorch's")
+    test.add_argument("--model", help="check this model's networks too, against float32 on the CPU")
+    test.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (with --model)")
+    test.set_defaults(run=selftest)
+    return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
+    add = command.add_argument
+    add("prompt", nargs="?", help="what to paint")
+    if task != "txt2img":
+        add("image", nargs="?", help="the picture to start from, any size and format")
+    if task == "inpaint":
+        add("mask", nargs="?", help="white where the picture is to be made anew, black where it is to stay")
+    add("-o", "--output", default=".", metavar="FILE|DIR", help="a .png, or a folder for numbered ones (default: here)")
+    add("--negative-prompt", metavar="TEXT", help="what not to paint")
+    add("--model", metavar="M", help="a checkpoint, .ckpt, .safetensors, diffusers folder, hub id or short name")
+    add("--steps", type=int, metavar="N", help="sampling steps (25)")
+    add("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 for none (7.5)")
+    add("--guidance-rescale", type=float, metavar="R", help="against overexposure, 0 to 1 (0)")
+    add("--sampler", metavar="S", help=f"{', '.join(SAMPLERS)} (dpmpp_2m)")
+    add("--spacing", metavar="K", help=f"{', '.join(SPACINGS)} (karras)")
+    add("--eta", type=float, metavar="E", help="noise of the sampler ddim, 0 to 1 (0)")
+    add("--clip-skip", type=int, metavar="N", help="layers of the text encoder to leave out (as trained)")
+    add("--seed", type=int, metavar="N", help="the first picture's seed (0)")
+    add("--count", type=int, default=1, metavar="N", help="pictures to make, with seeds SEED, SEED+1, ... (1)")
+    add("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own, or the picture's)")
+    add("--dtype", metavar="D", help="float32, bfloat16 or float16 (float32)")
+    if task != "txt2img":
+        add("--strength", type=float, metavar="X", help=f"how much to change, 0 to 1 ({STRENGTH[task]})")
+    add("--recipe", metavar="PNG", help="take everything not given here from this picture's recipe")
+
+
+def generate(options: argparse.Namespace) -> int:
+    """txt2img, img2img and inpaint."""
+    from sdjax.pipeline import check_settings
+    from sdjax.recipe import Recipe, file_hash, save_png
+
+    settings = _settings(options)
+    size = _size(settings.pop("size"))
+    output, count = Path(options.output), options.count
+    if count < 1:
+        raise ValueError(f"--count must be 1 or more, found {count}")
+    if output.suffix and output.suffix.lower() != ".png":
+        raise ValueError(f"{output}: pictures are written as PNG; expected a name that ends in .png, or a folder")
+    parent = output.parent if output.suffix else output
+    if output.suffix and not parent.is_dir():
+        raise FileNotFoundError(f"{parent}: no such folder to write {output.name} into; make it first")
+    inputs = {name: settings.pop(name) for name in ("image", "mask")}
+    task, prompt, model, dtype = options.task, settings.pop("prompt"), settings.pop("model"), settings.pop("dtype")
+    if prompt is None:
+        raise ValueError(f"a prompt is missing: sdjax {task} PROMPT ..., or --recipe PNG")
+    hashes: dict[str, Any] = {"image": None, "mask": None}
+    for name in {"txt2img": (), "img2img": ("image",), "inpaint": ("image", "mask")}[task]:
+        hashes[name] = _checked_file(name, inputs[name], file_hash)
+
+    check_settings(**settings, count=count)
+    with _progress(model) as (on_convert, on_step):
+        pipe = _load(model, dtype, on_convert)
+        if not output.suffix:
+            output.mkdir(parents=True, exist_ok=True)
+        call = {
+            "txt2img": lambda **k: pipe.text_to_image(prompt, **k),
+            "img2img": lambda **k: pipe.image_to_image(prompt, hashes["image"][0], **k),
+            "inpaint": lambda **k: pipe.inpaint(prompt, hashes["image"][0], hashes["mask"][0], **k),
+        }[task]
+        shape = {} if size is None else {"width": size[0], "height": size[1]}
+        if task == "txt2img":
+            settings.pop("strength")
+        first = settings.pop("seed")
+        batch = min(count, 8)
+        for start in range(0, count, batch):
+            part = min(batch, count - start)
+            step = on_step(f"{start + 1}-{start + part} of {count}" if count > 1 else "sampling")
+            pictures = call(**settings, **shape, seed=first + start, count=part, progress=step)
+            for offset, picture in enumerate(pictures):
+                seed = first + start + offset
+                recipe = Recipe(
+                    task=task,
+                    prompt=prompt,
+                    model=model,
+                    dtype=dtype,
+                    seed=seed,
+                    width=picture.width,
+                    height=picture.height,
+                    strength=settings.get("strength"),
+                    **hashes,
+                    **{name: value for name, value in settings.items() if name != "strength"},
+                )
+                path = _picture_path(output, prompt, seed, count)
+                save_png(path, picture, recipe)
+                print(path)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Command line before recipe before defaults."""
+    settings = dict(DEFAULTS)
+    if options.recipe is not None:
+        from sdjax.recipe import read_recipe
+
+        recipe = read_recipe(options.recipe)
+        if recipe.task != options.task:
+            raise ValueError(f"{options.recipe} was made by {recipe.task}; use sdjax {recipe.task} --recipe ...")
+        settings |= {name: value for name, value in dataclasses.asdict(recipe).items() if name in settings}
+        settings["size"] = f"{recipe.width}x{recipe.height}" if recipe.task == "txt2img" else None
+    given = {name: value for name, value in vars(options).items() if name in settings and value is not None}
+    settings |= given
+    if settings["strength"] is None:
+        settings["strength"] = STRENGTH.get(options.task)
+    return settings
+
+
+def _checked_file(name: str, given: Any, file_hash: Callable[[Any], str]) -> tuple[str, str]:
+    """An input picture as (path, sha256); one named by a recipe must still be the same file."""
+    if given is None:
+        raise ValueError(f"the {name} is missing: give the path of a picture after the prompt")
+    path, expected = (given, None) if isinstance(given, str) else given
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such picture file")
+    found = file_hash(path)
+    if expected is not None and found != expected:
+        raise ValueError(f"{path}: not the {name} that the recipe was made with (its contents changed); give it anew")
+    return str(path), found
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise ValueError(f"--size must be WIDTHxHEIGHT such as 512x768, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _picture_path(output: Path, prompt: str, seed: int, count: int) -> Path:
+    """The file itself for one picture; else the name with the seed, in a folder after the prompt."""
+    if output.suffix:
+        return output if count == 1 else output.with_name(f"{output.stem}-{seed}{output.suffix}")
+    slug = "-".join(re.findall(r"\w+", prompt.lower()))[:60] or "picture"
+    return output / f"{slug}-{seed}.png"
+
+
+def _load(model: str, dtype: str, on_convert: Callable[[int, int], None]) -> Any:
+    from sdjax.load import load
+
+    return load(model or None, dtype=dtype, progress=on_convert)
+
+
+@contextmanager
+def _progress(model: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], Callable[..., None]]]]:
+    """Bars on the error stream: one while a file is converted, one for each batch of pictures."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        conversion: list[Any] = []
+
+        def on_convert(done: int, total: int) -> None:
+            if not conversion:
+                conversion.append(bars.add_task(f"converting {Path(model).name} (MB)"))
+            bars.update(conversion[0], completed=done // 10**6, total=total // 10**6)
+
+        def on_step(title: str) -> Callable[..., None]:
+            bar = bars.add_task(title, total=None)
+
+            def step(done: int, total: int, _: Any) -> None:
+                bars.update(bar, completed=done, total=total)
+
+            return step
+
+        yield on_convert, on_step
+
+
+def show_info(options: argparse.Namespace) -> int:
+    """Prints a picture's recipe or a model's contents."""
+    from sdjax.recipe import KEY, read_parameters, read_recipe
+
+    path = Path(options.path)
+    if path.is_file() and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
+        parameters = read_parameters(path)
+        if parameters is None:
+            raise ValueError(f"{path}: no recipe in this picture")
+        print(parameters)
+        try:
+            recipe = read_recipe(path)
+        except ValueError as error:
+            console.print(f"sdjax: note: {error}", markup=False)
+        else:
+            print(f"{KEY}: {recipe.to_json()}")
+        return 0
+    from sdjax.load import describe, find
+
+    print(describe(find(options.path)), end="")
+    return 0
+
+
+def selftest(options: argparse.Namespace) -> int:
+    """Runs the self-test; exit status 1 if a check failed."""
+    from sdjax import selftest
+
+    pipe = None
+    if options.model is not None:
+        with _progress(options.model) as (on_convert, _):
+            pipe = _load(options.model, options.dtype, on_convert)
+    return 0 if selftest.run(pipe) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

