@@ -273,13 +273,13 @@ def show_info(options: argparse.Namespace) -> int:
 
 def selftest(options: argparse.Namespace) -> int:
     """Runs the self-test; exit status 1 if a check failed."""
-    from sdjax import selftest
+    from sdjax.selftest import run
 
     pipe = None
     if options.model is not None:
         with _progress(options.model) as (on_convert, _):
             pipe = _load(options.model, options.dtype, on_convert)
-    return 0 if selftest.run(pipe) else 1
+    return 0 if run(pipe) else 1
 
 
 if __name__ == "__main__":

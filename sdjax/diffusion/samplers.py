@@ -190,7 +190,7 @@ def _ancestral(sigma: np.ndarray, after: np.ndarray, eta: float) -> tuple[np.nda
     up = eta sigma' sqrt(sigma^2 - sigma'^2) / sigma (Song et al. 2021, eq. 16, in sigma space).
     """
     up = eta * after * np.sqrt(np.maximum(sigma**2 - after**2, 0.0)) / sigma
-    return np.sqrt(after**2 - up**2), up
+    return after * np.sqrt(1 - eta**2 + (eta * after / sigma) ** 2), up
 
 
 def plan_euler(sigma: np.ndarray, eta: float = 0.0) -> MultistepRow:

@@ -24,42 +24,20 @@ import sys
 import types
 
 import diffusers
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from sdjax.config import ScheduleConfig
-from sdjax.diffusion.denoiser import to_denoiser
 from sdjax.diffusion.samplers import SAMPLERS, ddim
 from sdjax.diffusion.schedule import noise_schedule
+from sdjax.selftest import noise, relative_error, run_toy, toy_network
 from sdjax.types import Level
 
 COMMON = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SCHEDULE = noise_schedule(ScheduleConfig())
-SHAPE = (2, 4, 4, 3)
 STEPS = (10, 25, 50)
-
-
-def network(x, t, xp):
-    """A smooth stand-in for a UNet: bounded, nonlinear in x, dependent on t and on neighbouring
-    channels.
-    """
-    mixed = 0.8 * x + 0.3 * xp.roll(x, 1, -1)
-    return xp.tanh(mixed) * (0.9 + 0.1 * xp.cos(t / 300)) + 0.1 * xp.sin(3 * x + t / 500)
-
-
-def torch_network(x, t):
-    return network(x, torch.as_tensor(float(t)), torch)
-
-
-def jax_predict(x, level):
-    return network(x, level.t, jnp)
-
-
-def noise(index):
-    return np.random.default_rng(1000 + index).standard_normal(SHAPE).astype(np.float32)
+X_T = noise(-1)
 
 
 def run_diffusers(scheduler, x, monkeypatch):
@@ -71,27 +49,8 @@ def run_diffusers(scheduler, x, monkeypatch):
     x = torch.tensor(x)
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
-        x = scheduler.step(torch_network(scaled, t), t, x).prev_sample
+        x = scheduler.step(toy_network(scaled, torch.as_tensor(float(t)), torch), t, x).prev_sample
     return x.numpy()
-
-
-def run_sdjax(sampler, rows, x, prediction="epsilon", draws=lambda index, k: noise(index)):
-    denoise = to_denoiser(jax_predict, prediction)
-    method = sampler.method
-
-    @jax.jit
-    def step(carry, row, eps):
-        return method.step(denoise, carry, row, eps)
-
-    carry = method.init(jnp.asarray(x))
-    for i in range(len(rows.levels.sigma)):
-        row = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), rows)
-        carry = step(carry, row, tuple(jnp.asarray(draws(i, k)) for k in range(method.draws)))
-    return np.asarray(carry.x)
-
-
-def relative(a, b):
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def unique(values):
@@ -100,14 +59,13 @@ def unique(values):
     return values[np.append(True, np.diff(values) != 0)]
 
 
-X_T = noise(-1)
+def prior(sigma):
+    """X_T as a start in sigma space."""
+    return X_T * np.float32(np.sqrt(1 + sigma[0] ** 2))
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("name", ["ddim", "ddim_eta", "ddim_v", "ddpm", "plms"])
-def test_variance_preserving_samplers_agree_with_diffusers(name, spacing, steps, monkeypatch):
-    prediction = "v_prediction" if name == "ddim_v" else "epsilon"
+def variance_preserving_reference(name, spacing, steps, monkeypatch, prediction="epsilon", eta=0.0):
+    """diffusers' DDIM, DDPM or PNDM: (sigmas, its result)."""
     offset = 1 if spacing == "leading" else 0
     common = COMMON | dict(timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction)
     if name == "ddpm":
@@ -116,23 +74,25 @@ def test_variance_preserving_samplers_agree_with_diffusers(name, spacing, steps,
         scheduler = diffusers.PNDMScheduler(**common, skip_prk_steps=True, set_alpha_to_one=True)
     else:
         scheduler = diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
-    if name == "ddim_eta":
         original = scheduler.step
-        scheduler.step = lambda *args: original(*args, eta=0.6)
+        scheduler.step = lambda *args: original(*args, eta=eta)
     scheduler.set_timesteps(steps)
     expected = run_diffusers(scheduler, X_T, monkeypatch)
+    sigma = np.append(SCHEDULE.sigmas[unique(scheduler.timesteps).astype(int)], 0.0)
+    return sigma, expected
 
-    t = unique(scheduler.timesteps)
-    sigma = np.append(SCHEDULE.sigmas[t.astype(int)], 0.0)
-    sampler = ddim(0.6) if name == "ddim_eta" else SAMPLERS[name.removesuffix("_v")]
-    rows = sampler.rows(SCHEDULE, sigma)
-    ours = run_sdjax(
-        sampler,
-        rows,
-        X_T * np.float32(np.sqrt(1 + sigma[0] ** 2)),
-        prediction[0].replace("e", "epsilon"),
-    )
-    assert relative(ours, expected) < 1e-4
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("name", ["ddim", "ddim_eta", "ddim_v", "ddpm", "plms"])
+def test_variance_preserving_samplers_agree_with_diffusers(name, spacing, steps, monkeypatch):
+    base = name.split("_")[0]
+    prediction = "v_prediction" if name == "ddim_v" else "epsilon"
+    eta = 0.6 if name == "ddim_eta" else 0.0
+    sigma, expected = variance_preserving_reference(base, spacing, steps, monkeypatch, prediction, eta)
+    rows = (ddim(eta) if eta else SAMPLERS[base]).rows(SCHEDULE, sigma)
+    ours = run_toy(base, rows, prior(sigma), prediction[0].replace("e", "epsilon"))
+    assert relative_error(ours, expected) < 1e-4
 
 
 SIGMA_SCHEDULERS = {
@@ -149,11 +109,8 @@ SIGMA_SCHEDULERS = {
 VARIANCE_PRESERVING = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")  # diffusers holds x_t, not x, in these
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "karras", "exponential"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SIGMA_SCHEDULERS)
-def test_sigma_space_samplers_agree_with_diffusers(name, prediction, spacing, steps, monkeypatch):
+def sigma_reference(name, spacing, steps, monkeypatch, prediction="epsilon"):
+    """A scheduler of `SIGMA_SCHEDULERS`: (our rows on its sigmas, its result)."""
     kind, extra = SIGMA_SCHEDULERS[name]
     options = COMMON | extra | dict(prediction_type=prediction)
     if spacing in ("karras", "exponential"):
@@ -165,25 +122,27 @@ def test_sigma_space_samplers_agree_with_diffusers(name, prediction, spacing, st
         spacing_options = dict(timestep_spacing=spacing, steps_offset=int(spacing == "leading"))
     scheduler = getattr(diffusers, kind)(**options, **spacing_options)
     scheduler.set_timesteps(steps)
-
     sigma = unique(scheduler.sigmas)
-    start = np.float32(np.sqrt(1 + sigma[0] ** 2))
-    if name in VARIANCE_PRESERVING:
-        expected = run_diffusers(scheduler, X_T, monkeypatch)
-    else:
-        expected = run_diffusers(scheduler, X_T * start, monkeypatch)
-
     rows = SAMPLERS[name].rows(SCHEDULE, sigma)
     if name in VARIANCE_PRESERVING:
         t = np.asarray(scheduler.timesteps, np.float64)[:, None]
         assert np.abs(rows.levels.t - t).max() <= 1 + 1e-3  # whole numbers there
-        rows = rows._replace(levels=Level(rows.levels.sigma, t))
-    ours = run_sdjax(SAMPLERS[name], rows, X_T * start, "v" if prediction[0] == "v" else "epsilon")
-    assert relative(ours, expected) < 1e-4
+        return sigma, rows._replace(levels=Level(rows.levels.sigma, t)), run_diffusers(scheduler, X_T, monkeypatch)
+    return sigma, rows, run_diffusers(scheduler, prior(sigma), monkeypatch)
 
 
-def test_dpmpp_sde_agrees_with_diffusers(monkeypatch):
-    """The one scheduler that needs torchsde: its Brownian tree is replaced by our own increments."""
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "karras", "exponential"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SIGMA_SCHEDULERS)
+def test_sigma_space_samplers_agree_with_diffusers(name, prediction, spacing, steps, monkeypatch):
+    sigma, rows, expected = sigma_reference(name, spacing, steps, monkeypatch, prediction)
+    ours = run_toy(name, rows, prior(sigma), "v" if prediction[0] == "v" else "epsilon")
+    assert relative_error(ours, expected) < 1e-4
+
+
+def dpmpp_sde_reference(steps, monkeypatch):
+    """The one scheduler that needs torchsde; its Brownian tree is replaced by our own increments: (sigmas, result)."""
     monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
     from diffusers.schedulers import scheduling_dpmsolver_sde as module
 
@@ -204,31 +163,33 @@ def test_dpmpp_sde_agrees_with_diffusers(monkeypatch):
             return rho2.sqrt() * eps_1 + (1 - rho2).sqrt() * eps_0
 
     monkeypatch.setattr(module, "BrownianTreeNoiseSampler", Increments)
-    for steps in STEPS:
-        scheduler = module.DPMSolverSDEScheduler(**COMMON, use_karras_sigmas=True, timestep_spacing="linspace")
-        scheduler.set_timesteps(steps)
-        sigma = unique(scheduler.sigmas)
-        start = np.float32(np.sqrt(1 + sigma[0] ** 2))
-        expected = run_diffusers(scheduler, X_T * start, monkeypatch)
-        sampler = SAMPLERS["dpmpp_sde"]
-        ours = run_sdjax(
-            sampler,
-            sampler.rows(SCHEDULE, sigma),
-            X_T * start,
-            draws=lambda index, k: noise(2 * index + k),
-        )
-        assert relative(ours, expected) < 1e-4
+    scheduler = module.DPMSolverSDEScheduler(**COMMON, use_karras_sigmas=True, timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    sigma = unique(scheduler.sigmas)
+    return sigma, run_diffusers(scheduler, prior(sigma), monkeypatch)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_dpmpp_sde_agrees_with_diffusers(steps, monkeypatch):
+    sigma, expected = dpmpp_sde_reference(steps, monkeypatch)
+    rows = SAMPLERS["dpmpp_sde"].rows(SCHEDULE, sigma)
+    ours = run_toy("dpmpp_sde", rows, prior(sigma))
+    assert relative_error(ours, expected) < 1e-4
+
+
+def lcm_reference(steps, monkeypatch):
+    """(sigmas, diffusers' result)."""
+    scheduler = diffusers.LCMScheduler(**COMMON, set_alpha_to_one=True, clip_sample=False)
+    scheduler.set_timesteps(steps, original_inference_steps=50)
+    expected = run_diffusers(scheduler, X_T, monkeypatch)
+    return np.append(SCHEDULE.sigmas[np.asarray(scheduler.timesteps)], 0.0), expected
 
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_lcm_agrees_with_diffusers(steps, monkeypatch):
-    scheduler = diffusers.LCMScheduler(**COMMON, set_alpha_to_one=True, clip_sample=False)
-    scheduler.set_timesteps(steps, original_inference_steps=50)
-    expected = run_diffusers(scheduler, X_T, monkeypatch)
-    sigma = np.append(SCHEDULE.sigmas[np.asarray(scheduler.timesteps)], 0.0)
-    rows = SAMPLERS["lcm"].rows(SCHEDULE, sigma)
-    ours = run_sdjax(SAMPLERS["lcm"], rows, X_T * np.float32(np.sqrt(1 + sigma[0] ** 2)))
-    assert relative(ours, expected) < 1e-4
+    sigma, expected = lcm_reference(steps, monkeypatch)
+    ours = run_toy("lcm", SAMPLERS["lcm"].rows(SCHEDULE, sigma), prior(sigma))
+    assert relative_error(ours, expected) < 1e-4
 
 
 @pytest.mark.parametrize("steps", STEPS)
