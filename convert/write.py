@@ -74,7 +74,7 @@ def write_diffusers(
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         (folder / "tokenizer").mkdir()
-        _write_tokenizer(folder / "tokenizer", config, None if tokenizer is None else Path(tokenizer))
+        write_tokenizer(folder / "tokenizer", config, None if tokenizer is None else Path(tokenizer))
         for part in PARTS:
             prefix = "text_model." if part == "text" else ""
             tensors = [(prefix + entry.name, entry, params[part]) for entry in entries(config, part, "diffusers")]
@@ -82,7 +82,7 @@ def write_diffusers(
                 _write(file, tensors, {"format": "pt"}, progress)
 
 
-def _write_tokenizer(folder: Path, config: ModelConfig, own: Path | None) -> None:
+def write_tokenizer(folder: Path, config: ModelConfig, own: Path | None) -> None:
     """The model's own tokenizer files, or CLIP's."""
     if own is not None:
         for name in TOKENIZER_FILES:

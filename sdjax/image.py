@@ -7,6 +7,7 @@ autoencoder's downscale, 8 for the published models.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -26,29 +27,30 @@ def open_image(source: ImageLike) -> Image.Image:
     """A picture of any mode, upright by its EXIF orientation, decoded; of an animation, the first frame.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a picture, damaged, or too many pixels.
+        FileNotFoundError: no such file. ValueError: not a picture, damaged, empty, or too many pixels.
         TypeError: neither a path nor a PIL image.
     """
-    if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source)
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path | Image.Image):
         raise TypeError(f"expected a path or a PIL image, found {type(source).__name__}")
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such picture file")
+    is_image = isinstance(source, Image.Image)
+    name = "the picture" if is_image else source
+    if not is_image and not Path(source).is_file():
+        raise FileNotFoundError(f"{name}: no such picture file")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+        with nullcontext(source) if is_image else Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}; shrink the picture first") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+        raise ValueError(f"{name}: {error}; shrink the picture first") from None
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{name}: not a picture that can be read ({error})") from None
+    if 0 in upright.size:
+        raise ValueError(f"{name}: the picture is empty ({upright.width}x{upright.height})")
+    return upright
 
 
 def _scaled_grey(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bit, or floating point, brought to 8 bit by scaling, not by clipping."""
-    values = np.asarray(image, np.float64)
+    values = np.nan_to_num(np.asarray(image, np.float64))
     if image.mode == "F":
         top = 1.0 if values.max(initial=0) <= 1 else 255.0 if values.max() <= 255 else 65535.0
     else:
