@@ -32,19 +32,18 @@ def open_image(source: ImageLike) -> Image.Image:
     """
     if not isinstance(source, str | Path | Image.Image):
         raise TypeError(f"expected a path or a PIL image, found {type(source).__name__}")
-    is_image = isinstance(source, Image.Image)
-    name = "the picture" if is_image else source
-    if not is_image and not Path(source).is_file():
+    name = "this picture" if isinstance(source, Image.Image) else source
+    if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"{name}: no such picture file")
     try:
-        with nullcontext(source) if is_image else Image.open(source) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             upright = ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; shrink the picture first") from None
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as error:
         raise ValueError(f"{name}: not a picture that can be read ({error})") from None
     if 0 in upright.size:
-        raise ValueError(f"{name}: the picture is empty ({upright.width}x{upright.height})")
+        raise ValueError(f"{name}: empty, there are no pixels ({upright.width}x{upright.height})")
     return upright
 
 
