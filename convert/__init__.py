@@ -1,10 +1,11 @@
 """From the checkpoint files that people have to a parameter tree of ours, and back.
 
 `read` takes a .ckpt, a .safetensors or a diffusers folder; `sdjax.checkpoint.save` and the two writers of
-`convert.write` store what it gives. `python -m convert SRC DST` (or `sdjax-convert`) does both.
+`convert.write` store what it gives; `lazy` is the same without holding all of it in memory. On the command line,
+`python -m convert SRC DST` (or `sdjax-convert`) does both.
 """
 
-from convert.read import Converted, inspect, read
+from convert.read import Converted, inspect, lazy, read
 from convert.source import CheckpointError
 
-__all__ = ["CheckpointError", "Converted", "inspect", "read"]
+__all__ = ["CheckpointError", "Converted", "inspect", "lazy", "read"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert.read import read
+from convert.read import lazy
 from convert.report import Report
 from convert.write import write_diffusers, write_safetensors
 from sdjax import checkpoint
@@ -72,37 +72,36 @@ def _convert(options: argparse.Namespace, report: Report) -> None:
     checkpoint.refuse_existing(destination, options.force)
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ValueError(f"{source}: source and destination are the same")
-    with _progress() as bar:
+    with _progress() as bar, ExitStack() as stack:
         if checkpoint.is_checkpoint(source):
             dtype = None if options.dtype == "keep" else options.dtype
             config, params = checkpoint.restore(source, dtype=dtype)
             own = source / "tokenizer"
             tokenizer = own if own.is_dir() else None
         else:
-            converted = read(
-                source,
-                vae=options.vae,
-                text_encoder=options.text_encoder,
-                ema=options.ema,
-                prediction=options.prediction,
-                dtype=options.dtype,
-                config=_config(options.config),
-                ignore=options.ignore,
-                progress=bar("reading"),
-                report=report,
+            converted = stack.enter_context(
+                lazy(
+                    source,
+                    vae=options.vae,
+                    text_encoder=options.text_encoder,
+                    ema=options.ema,
+                    prediction=options.prediction,
+                    dtype=options.dtype,
+                    config=_config(options.config),
+                    ignore=options.ignore,
+                    progress=bar,
+                    report=report,
+                )
             )
             config, params, tokenizer = converted.config, converted.params, converted.tokenizer
-            for note in report.notes:
-                console.print(f"note: {note}", markup=False)
         if to == "safetensors":
-            write_safetensors(destination, config, params, force=options.force, progress=bar("writing"))
+            write_safetensors(destination, config, params, force=options.force)
         elif to == "diffusers":
-            write_diffusers(
-                destination, config, params, tokenizer=tokenizer, force=options.force, progress=bar("writing")
-            )
+            write_diffusers(destination, config, params, tokenizer=tokenizer, force=options.force)
         else:
-            console.print("writing ...")
             checkpoint.save(destination, config, params, tokenizer=tokenizer, force=options.force)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
     print(f"{options.destination}: {config.name}, {to}")
 
 
@@ -124,22 +123,12 @@ def _write_report(path: str, report: Report) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Bars over bytes on the error stream, made by name."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar over the bytes read, on the error stream."""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-
-        def bar(title: str) -> Callable[[int, int], None]:
-            found: list = []
-
-            def update(done: int, total: int) -> None:
-                if not found:
-                    found.append(bars.add_task(title))
-                bars.update(found[0], completed=done, total=total)
-
-            return update
-
-        yield bar
+        task = bars.add_task("converting", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

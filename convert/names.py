@@ -41,6 +41,18 @@ class Entry:
     layout: Literal["same", "linear", "conv", "stacked"]
     leaves: tuple[Path, ...]
 
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """The shape of the leaf, or of each of them."""
+        if self.layout == "conv":
+            o, i, h, w = self.shape
+            return h, w, i, o
+        if self.layout == "linear":
+            return self.shape[1::-1]
+        if self.layout == "stacked":
+            return (*self.shape[1:], self.shape[0] // len(self.leaves))
+        return self.shape
+
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape is the one meant."""
         if self.layout == "linear":

@@ -1,40 +1,40 @@
 """`read`: find the parts, decide the configuration, check every name both ways, then move the numbers over.
 
-Nothing is read until all names and shapes fit. Then each tensor is read, checked, cast and laid out on its own, on two
-threads, so that no more than the finished parameters and a tensor or two are in memory.
+Nothing is read until all names and shapes fit. Then each tensor is read, checked, cast and laid out on its own
+(`convert.tensors`), so that no more than the finished parameters and a tensor or two are in memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from convert import diffusers
 from convert.detect import Located, infer_config, locate, why_not_needed
 from convert.names import PARTS, Entry, Part, ema_name, entries
 from convert.report import Report
-from convert.source import CheckpointError, Source, open_source
-from sdjax.checkpoint import DTYPES, dtype_of
+from convert.source import DTYPES, CheckpointError, Source, open_source
+from convert.tensors import Tensor
+from sdjax import checkpoint
 from sdjax.config import ModelConfig
 from sdjax.types import Params
 
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-KEPT = {"F32", "F16", "BF16"}  # what dtype "keep" leaves as it is; the other floats become float32
 WRITTEN_AS = {"text": "the text encoder", "vae": "the autoencoder (VAE)", "unet": "the UNet"}
 WORKERS = 2
-OPTIONS = {"text": "--text-encoder", "vae": "--vae"}
-
 Job = tuple[Part, Entry, Source, str]  # read this name of this source, it is this entry of this part
+OPTIONS = {"text": "--text-encoder", "vae": "--vae"}
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from several threads."""
@@ -76,14 +76,48 @@ def read(
         FileNotFoundError: no such path. CheckpointError (a ValueError): the file is damaged, unsafe, of another model,
         or its names and shapes are not exactly those of the configuration. ValueError: an argument is wrong.
     """
+    options = dict(vae=vae, text_encoder=text_encoder, ema=ema, prediction=prediction, dtype=dtype, config=config)
+    with lazy(path, ignore=ignore, progress=progress, report=report, **options) as converted:  # type: ignore[arg-type]
+        leaves, tree = jax.tree.flatten(converted.params)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            try:
+                arrays = list(pool.map(np.asarray, leaves))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return dataclasses.replace(converted, params=jax.tree.unflatten(tree, arrays))
+
+
+@contextmanager
+def lazy(
+    path: str | Path,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    ema: str = "auto",
+    prediction: str | None = None,
+    dtype: str = "float32",
+    config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
+    progress: Progress | None = None,
+    report: Report | None = None,
+) -> Iterator[Converted]:
+    """As `read`, but each parameter is read when `np.asarray` asks for it, inside the `with` block and once.
+
+    What writes one parameter after another needs no more memory than that (`sdjax.checkpoint.save`, `convert.write`).
+    """
     _check_arguments(ema, prediction, dtype)
     report = Report(str(path), "") if report is None else report
     with ExitStack() as stack:
         found, jobs, tokenizer = _prepare(Path(path), vae, text_encoder, ema, prediction, config, ignore, report, stack)
         if not report.complete:
             raise CheckpointError(f"{path}: not a whole {found.name} model: {report.problem()}")
-        params = _move(jobs, dtype, report, progress)
-    return Converted(found, params, report, tokenizer)
+        count = _counter(jobs, progress)
+        params: dict[str, Any] = {part: {} for part in PARTS}
+        for part, entry, source, name in jobs:
+            for keys, leaf in Tensor(part, entry, source, name, dtype, report, count).leaves().items():
+                _put(params[part], keys, leaf)
+        yield Converted(found, params, report, tokenizer)
 
 
 def inspect(path: str | Path) -> tuple[ModelConfig, Report]:
@@ -98,7 +132,7 @@ def _check_arguments(ema: str, prediction: str | None, dtype: str) -> None:
     for name, value, known in (
         ("ema", ema, ("auto", "yes", "no")),
         ("prediction", prediction, (None, "epsilon", "v")),
-        ("dtype", dtype, (*DTYPES, "keep")),
+        ("dtype", dtype, (*checkpoint.DTYPES, "keep")),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, found {value!r}")
@@ -233,64 +267,24 @@ def _check_unexpected(parts: dict[Part, Located], sources: list[Source], ignore:
             report.ignored[name] = why
 
 
-def _move(jobs: list[Job], dtype: str, report: Report, progress: Progress | None) -> Params:
-    """The numbers themselves, as nested dicts."""
-    sizes = [_bytes(source, name) for _, _, source, name in jobs]
-    total, done = sum(sizes), 0
-    lock = threading.Lock()
+def _counter(jobs: list[Job], progress: Progress | None) -> Callable[[int], None]:
+    """What adds up the bytes read and tells `progress`."""
+    total = sum(
+        math.prod(source.tensors[name].shape) * DTYPES[source.tensors[name].dtype].itemsize for *_, source, name in jobs
+    )
+    done, lock = 0, threading.Lock()
 
-    def move(job: Job, size: int) -> tuple[dict[tuple[str, ...], np.ndarray], str | None]:
+    def count(size: int) -> None:
         nonlocal done
-        part, entry, source, name = job
-        array = source.read(name)
-        if dtype != "keep":
-            to = jnp.dtype(dtype_of(part, dtype))
-        else:
-            to = array.dtype if source.tensors[name].dtype in KEPT else jnp.dtype("float32")
-        finite = math.isfinite(_sum(array))
-        note = None if finite or np.isfinite(array).all() else f"{name} holds NaN or infinite values"
-        if array.ndim > 1 and not array.any():
-            note = f"{name} is zero everywhere"
-        if array.dtype != to:
-            with np.errstate(over="ignore"):
-                array = array.astype(to)
-            if finite and not math.isfinite(_sum(array)) and not np.isfinite(array).all():
-                raise CheckpointError(f"{source.path}: {name} is too large for {to}; convert to float32 or bfloat16")
-        leaves = entry.to_leaves(array)
-        if progress is not None:
-            with lock:
-                done += size
+        with lock:
+            done += size
+            if progress is not None:
                 progress(done, total)
-        return leaves, note
 
-    params: dict[str, Any] = {part: {} for part in PARTS}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        futures = [pool.submit(move, job, size) for job, size in zip(jobs, sizes, strict=True)]
-        try:
-            for (part, *_), future in zip(jobs, futures, strict=True):
-                leaves, note = future.result()
-                for path, leaf in leaves.items():
-                    _put(params[part], path, leaf)
-                if note:
-                    report.notes.append(note)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return params
+    return count
 
 
-def _sum(array: np.ndarray) -> float:
-    """The sum in float32: finite unless a value is not, or the values are absurdly large; cheap to look at first."""
-    with np.errstate(all="ignore"):
-        return float(np.sum(array, dtype=np.float32))
-
-
-def _bytes(source: Source, name: str) -> int:
-    info = source.tensors[name]
-    return math.prod(info.shape) * {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(info.dtype, 1)
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: np.ndarray) -> None:
+def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf

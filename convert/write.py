@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,20 +21,18 @@ import numpy as np
 from convert.detect import CONFIG_KEY
 from convert.diffusers import FOLDERS, STEMS, TOKENIZER_FILES, diffusers_json, without_unused_layers
 from convert.names import PARTS, Entry, entries, text_spelling
+from convert.tensors import Leaf
 from sdjax.checkpoint import new_file, new_folder
 from sdjax.config import ModelConfig
 from sdjax.tokenizer import END, START, clip_tokenizer
 from sdjax.types import Params
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+AHEAD = 2  # tensors prepared before they are written
 Tensor = tuple[str, Entry, Params]  # its name in the file, what it is, and the part's tree
 
-Progress = Callable[[int, int], None]
 
-
-def write_safetensors(
-    path: str | Path, config: ModelConfig, params: Params, *, force: bool = False, progress: Progress | None = None
-) -> None:
+def write_safetensors(path: str | Path, config: ModelConfig, params: Params, *, force: bool = False) -> None:
     """One .safetensors file in the names of the original code, as other programs take it.
 
     The configuration goes into the file's metadata, so that reading it back needs no guess.
@@ -51,7 +51,7 @@ def write_safetensors(
     ]
     metadata = {"format": "pt", CONFIG_KEY: config.to_json()}
     with new_file(Path(path), force) as temporary, open(temporary, "wb") as file:
-        _write(file, tensors, metadata, progress)
+        _write(file, tensors, metadata)
 
 
 def write_diffusers(
@@ -61,7 +61,6 @@ def write_diffusers(
     *,
     tokenizer: str | Path | None = None,
     force: bool = False,
-    progress: Progress | None = None,
 ) -> None:
     """A folder that diffusers' `StableDiffusionPipeline.from_pretrained` loads. tokenizer: a folder to copy, or None.
 
@@ -79,7 +78,7 @@ def write_diffusers(
             prefix = "text_model." if part == "text" else ""
             tensors = [(prefix + entry.name, entry, params[part]) for entry in entries(config, part, "diffusers")]
             with open(folder / FOLDERS[part] / f"{STEMS[part]['.safetensors']}.safetensors", "wb") as file:
-                _write(file, tensors, {"format": "pt"}, progress)
+                _write(file, tensors, {"format": "pt"})
 
 
 def write_tokenizer(folder: Path, config: ModelConfig, own: Path | None) -> None:
@@ -112,17 +111,17 @@ def write_tokenizer(folder: Path, config: ModelConfig, own: Path | None) -> None
     )
 
 
-def _leaves(tensor: Tensor) -> list[np.ndarray]:
+def _leaves(tensor: Tensor) -> list[Any]:
     found = []
     for path in tensor[1].leaves:
         leaf: Any = tensor[2]
         for key in path:
             leaf = leaf[key]
-        found.append(np.asarray(leaf))
+        found.append(leaf)
     return found
 
 
-def _write(file: BinaryIO, tensors: list[Tensor], metadata: dict[str, str], progress: Progress | None) -> None:
+def _write(file: BinaryIO, tensors: list[Tensor], metadata: dict[str, str]) -> None:
     """The format: the header's length (8 bytes, little endian), the header as JSON, the tensors one after another."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -137,10 +136,28 @@ def _write(file: BinaryIO, tensors: list[Tensor], metadata: dict[str, str], prog
     file.write(len(text).to_bytes(8, "little") + text)
     for array in _arrays(tensors):
         file.write(array.reshape(-1).view(np.uint8).data)
-        if progress is not None:
-            progress(file.tell() - len(text) - 8, end)
 
 
 def _arrays(tensors: list[Tensor]) -> Iterator[np.ndarray]:
-    for tensor in tensors:
-        yield tensor[1].from_leaves(_leaves(tensor))
+    """Every tensor, laid out for the file; the next ones are prepared while one is written."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[Future[np.ndarray]] = deque()
+        try:
+            for tensor in tensors:
+                ahead.append(pool.submit(_array, tensor))
+                if len(ahead) > AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    _, entry, _ = tensor
+    leaves = _leaves(tensor)
+    stored = leaves[0].tensor if isinstance(leaves[0], Leaf) else None
+    if stored is not None and (stored.entry.layout, stored.entry.leaves) == (entry.layout, entry.leaves):
+        return stored.array().reshape(entry.shape)  # it lies in its file as it is to lie in this one
+    return entry.from_leaves([np.asarray(leaf) for leaf in leaves])

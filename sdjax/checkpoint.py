@@ -10,11 +10,13 @@ here too: parameters have one dtype, and the networks compute in the dtype of th
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from sdjax.models.params import abstract_params
 from sdjax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
+PIECE = 2**28  # bytes of parameters that are written together
 CONFIG_BOUND = 2**20  # bytes; a real config.json has 1.5 kB
 
 
@@ -124,6 +127,8 @@ def save(
 ) -> None:
     """Writes a checkpoint. params: {"text", "vae", "unet"} of arrays; tokenizer: a folder to copy in, or None.
 
+    Leaves may also be anything with shape and dtype that `np.asarray` takes (`convert.lazy`): each is asked for once.
+
     Raises:
         FileExistsError: `path` is there and `force` is not given. ValueError: the tree is not that of `config`.
         OSError: it could not be written; nothing is left behind then.
@@ -142,8 +147,45 @@ def save(
         context = ocp.Context()
         context.array.saving.use_compression = False
         context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
-        with context:
-            ocp.save(folder / "params", params)
+        with context, ThreadPoolExecutor(2) as pool:
+            saved = None
+            for piece in _pieces(params):
+                arrays = list(pool.map(_array, piece.values()))  # while the piece before is written
+                if saved is not None:
+                    saved.result()
+                saved = ocp.partial.save_async(folder / "params", _nested(dict(zip(piece, arrays, strict=True))))
+            if saved is not None:
+                saved.result()
+            ocp.partial.finalize(folder / "params")
+
+
+def _pieces(params: Params) -> Iterator[dict[tuple[str, ...], Any]]:
+    """The leaves by their paths, in groups of some `PIECE` bytes."""
+    piece: dict[tuple[str, ...], Any] = {}
+    size = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        piece[tuple(key.key for key in path)] = leaf
+        size += math.prod(leaf.shape) * leaf.dtype.itemsize
+        if size >= PIECE:
+            yield piece
+            piece, size = {}, 0
+    if piece:
+        yield piece
+
+
+def _array(leaf: Any) -> Any:
+    """Arrays as they are; anything else, such as a parameter still in its file, as a numpy array."""
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
 
 
 def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None) -> tuple[ModelConfig, Params]:

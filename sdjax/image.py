@@ -112,6 +112,8 @@ def working_size(
     """
     if asked is not None:
         width, height = asked
+        if not all(isinstance(side, int | np.integer) for side in asked):
+            raise ValueError(f"width and height must be whole numbers of pixels, found {width!r} and {height!r}")
         if width < multiple or height < multiple or width % multiple or height % multiple:
             raise ValueError(
                 f"width and height must be multiples of {multiple}, found {width}x{height}; "

@@ -181,9 +181,10 @@ def converted(
     name = re.sub(r"[^\w.-]", "_", path.resolve().name)[:60]
     target = cache_folder() / "converted" / f"{name}-{key[:16]}"
     if not checkpoint.is_checkpoint(target):
-        result = convert.read(path, vae=vae, text_encoder=text_encoder, dtype="keep", progress=progress)
         target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
+        options = dict(vae=vae, text_encoder=text_encoder, dtype="keep", progress=progress)
+        with convert.lazy(path, **options) as result:  # type: ignore[arg-type]
+            checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
     return target
 
 

@@ -180,9 +180,10 @@ class Pipeline:
         Raises:
             ValueError, TypeError: a setting is out of range or of the wrong kind; the message says what was expected.
         """
-        asked = (width or self.config.image_size, height or self.config.image_size)
+        own = self.config.image_size
+        asked = (own if width is None else width, own if height is None else height)
         size = images.working_size(asked, asked=asked, multiple=self.config.vae.downscale)
-        return self._generate(prompt, negative_prompt, size=size, noise=noise, **settings)
+        return self._generate(prompt, negative_prompt, size, noise, None, None, 1.0, **settings)
 
     def image_to_image(
         self,
@@ -202,15 +203,8 @@ class Pipeline:
         """
         original = images.load_image(image)
         size = self._size(original, width, height)
-        results = self._generate(
-            prompt,
-            negative_prompt,
-            size=size,
-            noise=noise,
-            picture=images.fit(original, size),
-            strength=strength,
-            **settings,
-        )
+        picture = images.fit(original, size)
+        results = self._generate(prompt, negative_prompt, size, noise, picture, None, strength, **settings)
         return results if width and height else [_resized(result, original.size) for result in results]
 
     def inpaint(
@@ -236,9 +230,7 @@ class Pipeline:
         size = self._size(original, width, height)
         picture = images.fit(original, size)
         small = images.load_mask(images.fit(Image.fromarray(np.round(whole * 255).astype(np.uint8)), size), size)
-        results = self._generate(
-            prompt, negative_prompt, size=size, noise=noise, picture=picture, mask=small, strength=strength, **settings
-        )
+        results = self._generate(prompt, negative_prompt, size, noise, picture, small, strength, **settings)
         if width and height:
             return [images.paste_back(picture, result, small) for result in results]
         return [images.paste_back(original, _resized(result, original.size), whole) for result in results]
@@ -253,12 +245,13 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         negative_prompt: str,
-        *,
         size: tuple[int, int],
-        noise: Array | None = None,
-        picture: Image.Image | None = None,
-        mask: np.ndarray | None = None,
-        strength: float = 1.0,
+        noise: Array | None,
+        picture: Image.Image | None,
+        mask: np.ndarray | None,
+        strength: float,
+        /,
+        *,
         steps: int = 25,
         guidance: float = 7.5,
         guidance_rescale: float = 0.0,
@@ -273,8 +266,9 @@ class Pipeline:
         progress: Progress | None = None,
     ) -> list[Image.Image]:
         config, params = self.config, self.params
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
         check_settings(
+            prompts=prompts,
             negative_prompt=negative_prompt,
             steps=steps,
             guidance=guidance,
@@ -328,8 +322,8 @@ class Pipeline:
 
         jobs = [(i, seed + j) for i in range(len(prompts)) for j in range(count)]
         size_latent = (size[1] // config.vae.downscale, size[0] // config.vae.downscale, config.vae.latent_channels)
-        if noise is not None and noise.shape != (len(jobs), *size_latent):
-            raise ValueError(f"noise must have the shape {(len(jobs), *size_latent)}, found {noise.shape}")
+        if noise is not None and np.shape(noise) != (len(jobs), *size_latent):
+            raise ValueError(f"noise must have the shape {(len(jobs), *size_latent)}, found {np.shape(noise)}")
         results: list[Image.Image] = []
         batch = min(batch, len(jobs))
         for first in range(0, len(jobs), batch):
@@ -421,6 +415,7 @@ def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float,
 
 def check_settings(
     *,
+    prompts: Any = ("",),
     negative_prompt: Any = "",
     steps: Any = 25,
     guidance: Any = 7.5,
@@ -448,6 +443,8 @@ def check_settings(
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         return number and bool(np.isfinite(value)) and low <= value <= high
 
+    good = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(text, str) for text in prompts)
+    need(good, "prompt", "a string, or a list of at least one string", prompts)
     need(isinstance(negative_prompt, str), "negative_prompt", "a string", negative_prompt)
     need(is_int(steps) and steps > 0, "steps", "a whole number above 0", steps)
     need(is_real(guidance), "guidance", "a finite number", guidance)
@@ -457,7 +454,7 @@ def check_settings(
         good and all(is_real(end, 0, 1) for end in guidance_interval) and guidance_interval[0] <= guidance_interval[1]
     )
     need(good, "guidance_interval", "two fractions of the steps, 0 <= start <= stop <= 1", guidance_interval)
-    need(sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", sampler)
+    need(isinstance(sampler, str) and sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", sampler)
     need(spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}", spacing)
     need(eta is None or sampler == "ddim", "eta", f"left out for {sampler} (it belongs to ddim)", eta)
     need(eta is None or is_real(eta, 0, 1), "eta", "in [0, 1]", eta)

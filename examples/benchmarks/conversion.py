@@ -1,6 +1,6 @@
 """Converting a full-size .ckpt against copying it: time and peak memory, both in one run, on the same disk.
 
-    python examples/benchmarks/convert.py [--folder DIR] [--rounds 3]
+    python examples/benchmarks/conversion.py [--folder DIR] [--rounds 3]
 
 Writes a synthetic Stable Diffusion 1.5 .ckpt of the public layout (4.3 GB, random weights; needs the test extra) into
 DIR, then copies and converts it in turn, every round with the same files in the page cache and a sync at its end, and

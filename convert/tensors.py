@@ -1,0 +1,96 @@
+"""The numbers of a conversion: a tensor of a file, and the parameters it becomes, read when they are asked for."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.names import Entry, Part, Path
+from convert.report import Report
+from convert.source import DTYPES, CheckpointError, Source
+from sdjax.checkpoint import dtype_of
+
+KEPT = {"F32", "F16", "BF16"}  # what dtype "keep" leaves as it is; the other floats become float32
+
+
+@dataclass(eq=False)
+class Tensor:
+    """One tensor of a file: what it is (`entry` of `part`), and the dtype it is to have ("keep" for the stored one)."""
+
+    part: Part
+    entry: Entry
+    source: Source
+    name: str
+    dtype: str
+    report: Report
+    done: Callable[[int], None]  # told how many bytes were read
+    _held: dict[Path, np.ndarray] = field(default_factory=dict)
+    _lock: Any = field(default_factory=threading.Lock)
+
+    @property
+    def target(self) -> np.dtype:
+        """The dtype that the numbers are handed out in."""
+        if self.dtype != "keep":
+            return jnp.dtype(dtype_of(self.part, self.dtype))
+        stored = self.source.tensors[self.name].dtype
+        return DTYPES[stored] if stored in KEPT else np.dtype("float32")
+
+    def array(self) -> np.ndarray:
+        """The tensor as the file lays it out, cast; what is odd about its numbers goes into the report's notes.
+
+        Raises:
+            CheckpointError: a number is too large for the dtype asked for.
+        """
+        array, target = self.source.read(self.name), self.target
+        self.done(array.nbytes)
+        finite = math.isfinite(_sum(array)) or bool(np.isfinite(array).all())
+        if not finite:
+            self.report.notes.append(f"{self.name} holds NaN or infinite values")
+        if array.ndim > 1 and not array.any():
+            self.report.notes.append(f"{self.name} is zero everywhere")
+        if array.dtype == target:
+            return array
+        with np.errstate(over="ignore"):
+            array = array.astype(target)
+        if finite and not math.isfinite(_sum(array)) and not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{self.source.path}: {self.name} is too large for {target}; convert to float32 or bfloat16"
+            )
+        return array
+
+    def leaves(self) -> dict[Path, Leaf]:
+        """The parameters it becomes, none of them read yet."""
+        shape = self.entry.leaf_shape
+        return {path: Leaf(self, path, shape, self.target) for path in self.entry.leaves}
+
+    def take(self, path: Path) -> np.ndarray:
+        """One of its parameters. Where there are several, the others are held until they are taken."""
+        with self._lock:
+            if path not in self._held:
+                self._held = self.entry.to_leaves(self.array())
+            return self._held.pop(path)
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A parameter that `np.asarray` reads from its file."""
+
+    tensor: Tensor
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.tensor.take(self.path).astype(dtype or self.dtype, copy=False)
+
+
+def _sum(array: np.ndarray) -> float:
+    """The sum in float32: finite unless a value is not, or the values are absurdly large; cheap to look at first."""
+    with np.errstate(all="ignore"):
+        return float(np.sum(array, dtype=np.float32))

@@ -1,0 +1,465 @@
+"""The three tasks as a user calls them: what a picture may depend on, what stays untouched, and what is refused.
+
+The networks are the tiny preset's with fewer levels, so that programs compile in seconds.
+"""
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax import image as images
+from sdjax import pipeline as pipelines
+from sdjax.config import TINY
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.schedule import noise_schedule
+from sdjax.models.params import random_params
+from sdjax.models.unet import UNet
+from sdjax.models.vae import VAE
+from sdjax.pipeline import Pipeline
+from sdjax.tokenizer import clip_tokenizer
+
+PHOTO = Path(__file__).parent / "data" / "astronaut.png"
+SMALL = dataclasses.replace(
+    TINY,
+    vae=dataclasses.replace(TINY.vae, channels=(8, 8, 16, 16)),
+    unet=dataclasses.replace(TINY.unet, channels=(32, 64), attention=(True, False), heads=(2, 2)),
+)
+SMALL_INPAINT = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, in_channels=9))
+SIZE = dict(width=56, height=40)  # not square, an odd number of cells
+FAST = dict(**SIZE, steps=4)
+STREAMED = dict(**FAST, progress=lambda *step: None)  # shares its compiled step with `latents_of`
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline(SMALL, random_params(SMALL), clip_tokenizer(), "small")
+
+
+@pytest.fixture(scope="module")
+def inpaint_pipe():
+    return Pipeline(SMALL_INPAINT, random_params(SMALL_INPAINT), clip_tokenizer(), "small-inpainting")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return images.fit(images.load_image(PHOTO), (SIZE["width"], SIZE["height"]))
+
+
+@pytest.fixture(scope="module")
+def astronaut(pipe):
+    """The picture of one prompt that many tests compare with."""
+    (picture,) = pipe.text_to_image("an astronaut", seed=3, **FAST)
+    return picture
+
+
+def pixels(picture):
+    return np.asarray(picture, np.int64)
+
+
+def distance(first, second):
+    """The mean absolute difference of two pictures, in steps of 1/255."""
+    return np.abs(pixels(first) - pixels(second)).mean()
+
+
+def latents_of(make, *args, **settings):
+    """The final latents of every batch that `make` runs: the last x0_hat, as all samplers end at sigma = 0."""
+    found = []
+
+    def progress(done, total, x0_hat):
+        if done == total:
+            found.append(np.asarray(x0_hat))
+
+    make(*args, **settings, progress=progress)
+    return np.concatenate(found)
+
+
+# Seeds, prompts and batches
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipe):
+    def latents(**settings):
+        return latents_of(pipe.text_to_image, "an astronaut", sampler="euler_a", **settings, **FAST)
+
+    alone = latents(seed=5, count=3, batch=1)
+    assert alone.shape == (3, 5, 7, 4)
+    assert np.abs(alone[0] - alone[1]).max() > 0.1
+    in_batch = latents(seed=5, count=3, batch=2)[:3]  # the last batch is filled up
+    np.testing.assert_allclose(in_batch, alone, atol=1e-5 * np.abs(alone).max())
+    elsewhere = latents(seed=4, count=2, batch=2)
+    np.testing.assert_allclose(elsewhere[1], alone[0], atol=1e-5 * np.abs(alone).max())
+
+
+def test_prompts_come_one_after_the_other_with_their_seeds_in_order(pipe):
+    settings = dict(sampler="euler_a", batch=2, **FAST)
+    together = latents_of(pipe.text_to_image, ["an astronaut", "a cat"], seed=5, count=2, **settings)
+    astronauts = latents_of(pipe.text_to_image, "an astronaut", seed=5, count=2, **settings)
+    cats = latents_of(pipe.text_to_image, ["a cat"], seed=5, count=2, **settings)
+    assert np.abs(astronauts - cats).max() > 1e-3
+    np.testing.assert_allclose(together, np.concatenate([astronauts, cats]), atol=1e-5 * np.abs(together).max())
+
+
+def test_the_same_call_gives_the_same_picture(pipe, astronaut):
+    assert distance(pipe.text_to_image("an astronaut", seed=3, **FAST)[0], astronaut) == 0
+    assert distance(pipe.text_to_image("an astronaut", seed=4, **FAST)[0], astronaut) > 1
+    assert astronaut.size == (56, 40)
+    assert astronaut.mode == "RGB"
+
+
+def test_the_negative_prompt_and_the_guidance_matter(pipe):
+    plain = latents_of(pipe.text_to_image, "an astronaut", **FAST)
+    assert np.abs(latents_of(pipe.text_to_image, "an astronaut", "a cat", **FAST) - plain).max() > 1e-3
+    assert np.abs(latents_of(pipe.text_to_image, "an astronaut", guidance=20, **FAST) - plain).max() > 1e-3
+    assert np.abs(latents_of(pipe.text_to_image, "an astronaut", guidance_rescale=1, **FAST) - plain).max() > 1e-3
+
+
+def test_guidance_1_is_the_conditional_model(pipe):
+    """Also: an empty interval leaves guidance out, and the loop is Euler's on the network's own epsilon."""
+    settings = dict(sampler="euler", spacing="leading", **FAST)
+    conditional = latents_of(pipe.text_to_image, "an astronaut", guidance=1, seed=2, **settings)
+    off = latents_of(pipe.text_to_image, "an astronaut", "a cat", seed=2, guidance_interval=(0, 0), **settings)
+    np.testing.assert_allclose(off, conditional, atol=1e-5 * np.abs(conditional).max())
+
+    schedule = noise_schedule(SMALL.schedule)
+    sigma = schedule.levels(4, "leading")
+    ids = clip_tokenizer()(["an astronaut"])
+    context = pipelines.encode_text(pipe.params["text"], ids, config=SMALL)
+    unet = jax.jit(lambda x, t: UNet(SMALL.unet).apply({"params": pipe.params["unet"]}, x, t, context))
+    keys = pipelines.image_keys([2])
+    x = pipelines.initial_noise(keys, (5, 7, 4)) * np.float32(np.sqrt(sigma[0] ** 2 + 1))
+    for now, after in pairwise(sigma):
+        t = jnp.full((1,), schedule.timesteps(now), jnp.float32)
+        x = x + np.float32(after - now) * unet(x * np.float32(1 / np.sqrt(now**2 + 1)), t)
+    np.testing.assert_allclose(conditional, x, atol=1e-4 * np.abs(conditional).max())
+
+
+def test_progress_sees_every_step_and_changes_nothing(pipe, astronaut):
+    seen = []
+    (picture,) = pipe.text_to_image(
+        "an astronaut", seed=3, progress=lambda *step: seen.append((*step[:2], step[2].shape)), **FAST
+    )
+    assert seen == [(done, 4, (1, 5, 7, 4)) for done in (1, 2, 3, 4)]
+    assert np.abs(pixels(picture) - pixels(astronaut)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_makes_a_finite_picture_of_its_own_prompt(pipe, sampler):
+    def latents(prompt):
+        return latents_of(pipe.text_to_image, prompt, sampler=sampler, **FAST)
+
+    found = latents("an astronaut")
+    assert np.isfinite(found).all()
+    assert found.std() > 0.05
+    assert np.abs(latents("a cat") - found).max() > 1e-3
+
+
+def test_eta_turns_ddim_into_ddpm(pipe):
+    def latents(**settings):
+        return latents_of(pipe.text_to_image, "an astronaut", **settings, **FAST)
+
+    assert np.array_equal(latents(sampler="ddim", eta=1.0), latents(sampler="ddpm"))
+    assert np.array_equal(latents(sampler="ddim", eta=0.0), latents(sampler="ddim"))
+    assert not np.array_equal(latents(sampler="ddim", eta=0.5), latents(sampler="ddim"))
+
+
+def test_noise_that_is_given_replaces_the_seeds(pipe, astronaut):
+    own = np.asarray(pipelines.initial_noise(pipelines.image_keys([3]), (5, 7, 4)))
+    (picture,) = pipe.text_to_image("an astronaut", seed=99, noise=own, **FAST)
+    assert distance(picture, astronaut) == 0
+
+
+def test_clip_skip_leaves_layers_out(pipe, astronaut):
+    assert distance(pipe.text_to_image("an astronaut", seed=3, clip_skip=0, **FAST)[0], astronaut) == 0
+    skipped = latents_of(pipe.text_to_image, "an astronaut", seed=3, clip_skip=1, **FAST)
+    assert np.abs(skipped - latents_of(pipe.text_to_image, "an astronaut", seed=3, **FAST)).max() > 1e-4
+
+
+# Image to image
+
+
+def test_strength_0_is_the_round_trip_through_the_autoencoder(pipe, photo):
+    (picture,) = pipe.image_to_image("an astronaut", photo, strength=0, **FAST)
+    vae = VAE(SMALL.vae)
+    array = np.asarray(photo, np.float32)[None] / 127.5 - 1
+    mean = jax.jit(lambda params: vae.apply({"params": params}, array, method="encode").mean)(pipe.params["vae"])
+    decoded = jax.jit(lambda params: vae.apply({"params": params}, mean, method="decode"))(pipe.params["vae"])
+    expected = np.round(np.clip(np.asarray(decoded[0]) / 2 + 0.5, 0, 1) * 255)
+    assert np.abs(pixels(picture) - expected).max() <= 1
+
+
+def test_strength_1_is_text_to_image_from_the_same_noise(pipe, photo, astronaut):
+    (picture,) = pipe.image_to_image("an astronaut", photo, strength=1, seed=3, **FAST)
+    assert distance(picture, astronaut) == 0
+
+
+def test_the_way_from_the_photograph_grows_with_strength(pipe, photo):
+    known = pipelines.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
+    settings = dict(seed=3, guidance=2, sampler="ddim", steps=8, **SIZE)
+    ways = [
+        np.linalg.norm(latents_of(pipe.image_to_image, "a cat", photo, strength=strength, **settings) - known)
+        for strength in (0.125, 0.25, 0.5, 0.75)
+    ]
+    assert ways[0] > 0
+    assert ways == sorted(ways)
+
+
+# Inpainting
+
+
+def masks(width, height):
+    """A hard square, and the same with soft edges."""
+    y, x = np.mgrid[:height, :width]
+    away = np.maximum(abs(x - width // 2), abs(y - height // 2))
+    hard = (away < 10) * 255
+    soft = np.clip((14 - away) / 8, 0, 1) * 255
+    return {"hard": Image.fromarray(hard.astype(np.uint8)), "soft": Image.fromarray(soft.astype(np.uint8))}
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("model", ["pipe", "inpaint_pipe"])
+def test_inpainting_leaves_every_unmasked_pixel_as_it_was(request, photo, model, kind):
+    mask = masks(*photo.size)[kind]
+    (picture,) = request.getfixturevalue(model).inpaint("a cat", photo, mask, **STREAMED)
+    black = np.asarray(mask) == 0
+    assert 0.1 < black.mean() < 0.9
+    assert np.array_equal(pixels(picture)[black], pixels(photo)[black])
+    assert np.abs(pixels(picture) - pixels(photo))[np.asarray(mask) == 255].mean() > 5
+
+
+def test_the_known_region_is_held_in_the_latent_and_the_rest_is_made_anew(pipe, photo):
+    mask = masks(*photo.size)["hard"]
+    found = latents_of(pipe.inpaint, "a cat", photo, mask, **FAST)
+    known = pipelines.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
+    small = np.asarray(mask)[::8, ::8] / 255
+    np.testing.assert_allclose(found[0][small == 0], known[0][small == 0], atol=1e-5)
+    assert np.abs(found[0] - known[0])[small == 1].max() > 0.1
+
+
+def test_inpainting_at_strength_0_pastes_the_round_trip(pipe, photo):
+    mask = masks(*photo.size)["hard"]
+    (trip,) = pipe.image_to_image("a cat", photo, strength=0, **FAST)
+    (picture,) = pipe.inpaint("a cat", photo, mask, strength=0, **FAST)
+    inside = np.asarray(mask)[..., None] == 255
+    assert np.array_equal(pixels(picture), np.where(inside, pixels(trip), pixels(photo)))
+
+
+def test_an_inpainting_model_sees_the_mask_and_the_picture_outside_it_alone(inpaint_pipe, photo):
+    mask = masks(*photo.size)["hard"]
+
+    def latents(picture=photo, mask=mask):
+        noise = np.random.default_rng(0).standard_normal((1, 5, 7, 4)).astype(np.float32)
+        return latents_of(inpaint_pipe.inpaint, "a cat", picture, mask, noise=noise, strength=0.99, **FAST)
+
+    def changed(picture, where):
+        return Image.fromarray(np.where(where[..., None], 255 - np.asarray(picture), picture).astype(np.uint8))
+
+    concat = pipelines.inpainting_channels(
+        inpaint_pipe.params["vae"],
+        jnp.asarray(images.to_array(photo))[None],
+        jnp.asarray(mask, jnp.float32)[None, ..., None] / 255,
+        config=SMALL_INPAINT,
+    )
+    inside = np.asarray(mask) == 255
+    hidden = pipelines.inpainting_channels(
+        inpaint_pipe.params["vae"],
+        jnp.asarray(images.to_array(changed(photo, inside)))[None],
+        jnp.asarray(mask, jnp.float32)[None, ..., None] / 255,
+        config=SMALL_INPAINT,
+    )
+    assert concat.shape == (1, 5, 7, 5)
+    assert np.array_equal(concat[0, ..., 0], np.asarray(mask)[::8, ::8] / 255)
+    assert np.array_equal(hidden, concat)
+    base = latents()
+    assert np.abs(latents(mask=Image.fromarray(255 - np.asarray(mask))) - base).max() > 1e-3
+    assert np.abs(latents(picture=changed(photo, ~inside)) - base).max() > 1e-3
+
+
+def test_an_inpainting_model_makes_pictures_without_a_mask_too(inpaint_pipe, photo):
+    assert np.isfinite(latents_of(inpaint_pipe.text_to_image, "a cat", **FAST)).all()
+    assert np.isfinite(latents_of(inpaint_pipe.image_to_image, "a cat", photo, **FAST)).all()
+
+
+def test_a_model_with_other_input_channels_says_so(pipe):
+    config = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, in_channels=8))
+    odd = dataclasses.replace(pipe, config=config, name="edit")
+    with pytest.raises(ValueError, match=r"edit has 8 input channels; .* are for models with 4 or 9"):
+        odd.text_to_image("a cat", **FAST)
+
+
+# Photographs of any kind
+
+PHOTOGRAPHS = {
+    "odd sides": lambda photo: photo.resize((43, 61)),
+    "RGBA": lambda photo: photo.resize((42, 62)).convert("RGBA"),
+    "grey": lambda photo: photo.resize((41, 63)).convert("L"),
+    "palette": lambda photo: photo.resize((41, 61)).convert("P"),
+    "CMYK": lambda photo: photo.resize((43, 63)).convert("CMYK"),
+    "16 bit": lambda photo: Image.fromarray(np.asarray(photo.resize((38, 65)).convert("L"), np.uint16) * 257),
+    "strip": lambda photo: photo.resize((3, 57)),
+    "one pixel": lambda photo: photo.resize((1, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", PHOTOGRAPHS)
+def test_a_photograph_of_any_kind_comes_out_in_the_size_it_had(pipe, photo, kind):
+    picture = PHOTOGRAPHS[kind](photo)
+    (result,) = pipe.image_to_image("a cat", picture, strength=0)
+    assert (result.size, result.mode) == (picture.size, "RGB")
+    mask = Image.new("L", picture.size, 255)
+    mask.paste(0, (0, 0, max(1, picture.width // 2), picture.height))
+    if picture.width > 1:
+        (result,) = pipe.inpaint("a cat", picture, mask, strength=0)
+        black = np.asarray(mask) == 0
+        assert np.array_equal(pixels(result)[black], pixels(images.load_image(picture))[black])
+
+
+def test_a_turned_photograph_comes_out_upright(pipe, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    (expected,) = pipe.image_to_image("a cat", photo, strength=0)
+    (result,) = pipe.image_to_image("a cat", tmp_path / "turned.png", strength=0)
+    assert result.size == photo.size
+    assert distance(result, expected) == 0
+
+
+def test_the_size_that_was_asked_for_comes_out(pipe):
+    mask = masks(256, 256)["hard"]
+    assert pipe.image_to_image("a cat", PHOTO, strength=0, **SIZE)[0].size == (56, 40)
+    (picture,) = pipe.inpaint("a cat", PHOTO, mask, strength=0, **SIZE)
+    assert picture.size == (56, 40)
+    cropped = images.fit(images.load_image(PHOTO), (56, 40))
+    assert np.array_equal(pixels(picture)[:10], pixels(cropped)[:10])
+
+
+# Compilation
+
+
+def test_another_prompt_guidance_seed_or_model_compiles_nothing(pipe, photo, astronaut, caplog):
+    mask = masks(*photo.size)["hard"]
+    other = Pipeline(SMALL, random_params(SMALL, seed=1), pipe.tokenizer, "other")
+    pipe.inpaint("a cat", photo, mask, **STREAMED)
+    (different,) = other.text_to_image("an astronaut", seed=3, **FAST)
+    assert distance(different, astronaut) > 1
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for model in (pipe, other):
+            model.text_to_image("a dog", "a horse", guidance=3, guidance_rescale=0.5, seed=77, **FAST)
+            model.text_to_image("a dog", guidance_interval=(0.2, 0.7), spacing="leading", sampler="euler", **FAST)
+            model.image_to_image("a bird", photo, strength=1, sampler="unipc", **FAST)
+            model.inpaint("a bird", photo, masks(*photo.size)["soft"], **STREAMED)
+    assert [record.message for record in caplog.records if "ompil" in record.message] == []
+
+
+def test_parameters_are_arguments_and_never_constants(pipe):
+    schedule = noise_schedule(SMALL.schedule)
+    plan = SAMPLERS["dpmpp_2m"]
+    rows = pipelines.time_tables(pipe.params["unet"], plan.rows(schedule, schedule.levels(4)), config=SMALL)
+    context = jnp.zeros((2, SMALL.clip.length, SMALL.unet.context_width))
+    kv = pipelines.text_kv(pipe.params["unet"], context, config=SMALL)
+    one = jnp.float32(1)
+    inputs = pipelines.Inputs(pipe.params["unet"], kv, one, one, (one, one), None, None, None)
+    arguments = (inputs, rows, jnp.zeros((1, 5, 7, 4)), pipelines.image_keys([0]))
+    settings = dict(config=SMALL, method=plan.method, is_guided=True)
+    traced = pipelines.generate_latents.trace(*arguments, **settings)
+    assert max((np.size(constant) for constant in constants(traced.jaxpr)), default=0) < 100
+
+
+def constants(jaxpr):
+    """Every array that a jaxpr, or one inside it, holds as a constant."""
+    yield from jaxpr.consts
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda value: isinstance(value, jax.extend.core.ClosedJaxpr)
+        ):
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                yield from constants(value)
+
+
+# What is refused
+
+BAD = [
+    (dict(steps=0), "steps must be a whole number above 0, found 0"),
+    (dict(steps=2.5), "steps must be a whole number above 0, found 2.5"),
+    (dict(steps=True), "steps must be a whole number above 0, found True"),
+    (dict(steps=1001), r"steps must be a whole number in \[1, 1000\], found 1001"),
+    (dict(guidance=float("nan")), "guidance must be a finite number, found nan"),
+    (dict(guidance="7"), "guidance must be a finite number, found '7'"),
+    (dict(guidance_rescale=1.5), r"guidance_rescale must be in \[0, 1\], found 1.5"),
+    (dict(guidance_interval=(0.5, 0.2)), "guidance_interval must be two fractions"),
+    (dict(guidance_interval=0.5), "guidance_interval must be two fractions"),
+    (dict(sampler="eular"), "sampler must be one of ddpm, ddim, .*, found 'eular'"),
+    (dict(sampler=["ddim"]), "sampler must be one of ddpm, ddim, "),
+    (dict(spacing="cosine"), "spacing must be one of leading, .*, found 'cosine'"),
+    (dict(eta=0.5), "eta must be left out for dpmpp_2m"),
+    (dict(eta=2, sampler="ddim"), r"eta must be in \[0, 1\], found 2"),
+    (dict(seed=-1), "seed must be a whole number in"),
+    (dict(seed=2**32), "seed must be a whole number in"),
+    (dict(seed=2**32 - 1, count=2), "seed must be a whole number in"),
+    (dict(seed=0.5), "seed must be a whole number in"),
+    (dict(count=0), "count must be a whole number above 0"),
+    (dict(batch=0), "batch must be a whole number above 0"),
+    (dict(clip_skip=-1), "clip_skip must be a whole number from 0"),
+    (dict(clip_skip=2), r"skip must lie in \[0, 2\), found 2"),
+    (dict(width=60), "width and height must be multiples of 8, found 60x64; try 64x64"),
+    (dict(width=0), "width and height must be multiples of 8, found 0x64; try 8x64"),
+    (dict(height="64"), "width and height must be whole numbers"),
+    (dict(negative_prompt=None), "negative_prompt must be a string, found None"),
+    (dict(noise=np.zeros((1, 4, 8, 8))), r"noise must have the shape \(1, 8, 8, 4\), found \(1, 4, 8, 8\)"),
+    (dict(prompt=[]), "prompt must be a string, or a list of at least one string"),
+    (dict(prompt=None), "prompt must be a string, or a list of at least one string"),
+    (dict(prompt=["a cat", 3]), "prompt must be a string, or a list of at least one string"),
+    (dict(strength=0.5), "strength"),
+    (dict(stepz=3), "stepz"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_a_bad_setting_is_one_clear_error(pipe, settings, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        pipe.text_to_image(**dict(prompt="a cat") | settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(strength=1.5), r"strength must be in \[0, 1\], found 1.5"),
+        (dict(strength=float("nan")), r"strength must be in \[0, 1\], found nan"),
+        (dict(strength="0.5"), r"strength must be in \[0, 1\], found '0.5'"),
+        (dict(width=64), "give both width and height, or neither"),
+        (dict(width=0, height=0), "multiples of 8, found 0x0"),
+        (dict(mask=Image.new("L", (56, 40))), "the mask is black everywhere"),
+        (dict(mask=Image.new("L", (40, 56), 255)), "the mask is 40x56 and the picture 56x40"),
+        (dict(mask="no.png"), "no.png: no such picture file"),
+        (dict(image="no.png"), "no.png: no such picture file"),
+        (dict(image=None), "expected a path or a PIL image, found NoneType"),
+    ],
+)
+def test_a_bad_setting_of_inpainting_is_one_clear_error(pipe, photo, settings, message):
+    good = dict(prompt="a cat", image=photo, mask=Image.new("L", photo.size, 255))
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        pipe.inpaint(**good | settings)
+
+
+def test_a_prompt_that_is_too_long_warns(pipe):
+    with pytest.warns(UserWarning, match="80 tokens and only 75 fit; this was cut off: 'cat cat cat cat cat'"):
+        pipe.text_to_image("cat " * 80, **FAST)
+
+
+def test_a_tokenizer_of_another_model_is_refused(pipe):
+    config = dataclasses.replace(SMALL, clip=dataclasses.replace(SMALL.clip, vocab_size=1000, pad_token=0))
+    with pytest.raises(ValueError, match="use the tokenizer that belongs to the model"):
+        dataclasses.replace(pipe, config=config).text_to_image("a cat", **FAST)
