@@ -309,6 +309,11 @@ class Pipeline:
             if mask is not None:
                 whole = jnp.asarray(mask)[None, ..., None]
                 small = images.latent_mask(whole, config.vae.downscale)
+                if not small.any():
+                    cell = config.vae.downscale
+                    raise ValueError(
+                        f"the mask is too fine and would paint nothing; make it {cell} pixels wide or more"
+                    )
                 if config.unet.in_channels == 9:
                     concat = inpainting_channels(params["vae"], array, whole, config=config)
         if config.unet.in_channels == 9 and concat is None:

@@ -4,6 +4,7 @@ The networks are the tiny preset's with fewer levels, so that programs compile i
 """
 
 import dataclasses
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from sdjax import image as images
 from sdjax import pipeline as pipelines
 from sdjax.config import TINY
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import noise_schedule
+from sdjax.diffusion.schedule import noise_schedule, q_sample
 from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -127,9 +128,10 @@ def test_the_negative_prompt_and_the_guidance_matter(pipe):
 
 
 def test_guidance_1_is_the_conditional_model(pipe):
-    """Also: an empty interval leaves guidance out, and the loop is Euler's on the network's own epsilon."""
+    """Euler's loop on the network's own epsilon; and the same with guidance, where no step is in its interval."""
     settings = dict(sampler="euler", spacing="leading", **FAST)
-    conditional = latents_of(pipe.text_to_image, "an astronaut", guidance=1, seed=2, **settings)
+    with warnings.catch_warnings(action="error"):  # the negative prompt is too long, and not even tokenized
+        conditional = latents_of(pipe.text_to_image, "an astronaut", "cat " * 80, guidance=1, seed=2, **settings)
     off = latents_of(pipe.text_to_image, "an astronaut", "a cat", seed=2, guidance_interval=(0, 0), **settings)
     np.testing.assert_allclose(off, conditional, atol=1e-5 * np.abs(conditional).max())
 
@@ -153,6 +155,11 @@ def test_progress_sees_every_step_and_changes_nothing(pipe, astronaut):
     )
     assert seen == [(done, 4, (1, 5, 7, 4)) for done in (1, 2, 3, 4)]
     assert np.abs(pixels(picture) - pixels(astronaut)).max() <= 1
+
+
+def test_a_prompt_that_is_too_long_warns(pipe):
+    with pytest.warns(UserWarning, match="80 tokens and only 75 fit; this was cut off: 'cat cat cat cat cat'"):
+        pipe.text_to_image("cat " * 80, **FAST)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -248,6 +255,17 @@ def test_the_known_region_is_held_in_the_latent_and_the_rest_is_made_anew(pipe, 
     assert np.abs(found[0] - known[0])[small == 1].max() > 0.1
 
 
+def test_the_known_region_starts_at_the_noised_picture_and_the_rest_at_noise():
+    rng = np.random.default_rng(0)
+    known, noise = (rng.standard_normal((1, 5, 7, 4)).astype(np.float32) for _ in range(2))
+    mask = rng.integers(0, 2, (1, 5, 7, 1)).astype(np.float32)
+    schedule = noise_schedule(SMALL.schedule)
+    x = pipelines._start(jnp.asarray(noise), schedule.sigmas[999], known, mask, pure_noise=True)
+    x = x * np.sqrt(schedule.alpha_bars[999])  # variance preserving, as the network sees it
+    expected = np.where(mask == 0, q_sample(schedule, known, np.array([999]), noise), noise)
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
 def test_inpainting_at_strength_0_pastes_the_round_trip(pipe, photo):
     mask = masks(*photo.size)["hard"]
     (trip,) = pipe.image_to_image("a cat", photo, strength=0, **FAST)
@@ -292,13 +310,6 @@ def test_an_inpainting_model_makes_pictures_without_a_mask_too(inpaint_pipe, pho
     assert np.isfinite(latents_of(inpaint_pipe.image_to_image, "a cat", photo, **FAST)).all()
 
 
-def test_a_model_with_other_input_channels_says_so(pipe):
-    config = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, in_channels=8))
-    odd = dataclasses.replace(pipe, config=config, name="edit")
-    with pytest.raises(ValueError, match=r"edit has 8 input channels; .* are for models with 4 or 9"):
-        odd.text_to_image("a cat", **FAST)
-
-
 # Photographs of any kind
 
 PHOTOGRAPHS = {
@@ -319,8 +330,8 @@ def test_a_photograph_of_any_kind_comes_out_in_the_size_it_had(pipe, photo, kind
     (result,) = pipe.image_to_image("a cat", picture, strength=0)
     assert (result.size, result.mode) == (picture.size, "RGB")
     mask = Image.new("L", picture.size, 255)
-    mask.paste(0, (0, 0, max(1, picture.width // 2), picture.height))
-    if picture.width > 1:
+    mask.paste(0, (0, picture.height // 2, picture.width, picture.height))
+    if kind != "one pixel":
         (result,) = pipe.inpaint("a cat", picture, mask, strength=0)
         black = np.asarray(mask) == 0
         assert np.array_equal(pixels(result)[black], pixels(images.load_image(picture))[black])
@@ -337,7 +348,8 @@ def test_a_turned_photograph_comes_out_upright(pipe, photo, tmp_path):
 
 
 def test_the_size_that_was_asked_for_comes_out(pipe):
-    mask = masks(256, 256)["hard"]
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (0, 128, 256, 256))
     assert pipe.image_to_image("a cat", PHOTO, strength=0, **SIZE)[0].size == (56, 40)
     (picture,) = pipe.inpaint("a cat", PHOTO, mask, strength=0, **SIZE)
     assert picture.size == (56, 40)
@@ -386,80 +398,3 @@ def constants(jaxpr):
         ):
             if isinstance(value, jax.extend.core.ClosedJaxpr):
                 yield from constants(value)
-
-
-# What is refused
-
-BAD = [
-    (dict(steps=0), "steps must be a whole number above 0, found 0"),
-    (dict(steps=2.5), "steps must be a whole number above 0, found 2.5"),
-    (dict(steps=True), "steps must be a whole number above 0, found True"),
-    (dict(steps=1001), r"steps must be a whole number in \[1, 1000\], found 1001"),
-    (dict(guidance=float("nan")), "guidance must be a finite number, found nan"),
-    (dict(guidance="7"), "guidance must be a finite number, found '7'"),
-    (dict(guidance_rescale=1.5), r"guidance_rescale must be in \[0, 1\], found 1.5"),
-    (dict(guidance_interval=(0.5, 0.2)), "guidance_interval must be two fractions"),
-    (dict(guidance_interval=0.5), "guidance_interval must be two fractions"),
-    (dict(sampler="eular"), "sampler must be one of ddpm, ddim, .*, found 'eular'"),
-    (dict(sampler=["ddim"]), "sampler must be one of ddpm, ddim, "),
-    (dict(spacing="cosine"), "spacing must be one of leading, .*, found 'cosine'"),
-    (dict(eta=0.5), "eta must be left out for dpmpp_2m"),
-    (dict(eta=2, sampler="ddim"), r"eta must be in \[0, 1\], found 2"),
-    (dict(seed=-1), "seed must be a whole number in"),
-    (dict(seed=2**32), "seed must be a whole number in"),
-    (dict(seed=2**32 - 1, count=2), "seed must be a whole number in"),
-    (dict(seed=0.5), "seed must be a whole number in"),
-    (dict(count=0), "count must be a whole number above 0"),
-    (dict(batch=0), "batch must be a whole number above 0"),
-    (dict(clip_skip=-1), "clip_skip must be a whole number from 0"),
-    (dict(clip_skip=2), r"skip must lie in \[0, 2\), found 2"),
-    (dict(width=60), "width and height must be multiples of 8, found 60x64; try 64x64"),
-    (dict(width=0), "width and height must be multiples of 8, found 0x64; try 8x64"),
-    (dict(height="64"), "width and height must be whole numbers"),
-    (dict(negative_prompt=None), "negative_prompt must be a string, found None"),
-    (dict(noise=np.zeros((1, 4, 8, 8))), r"noise must have the shape \(1, 8, 8, 4\), found \(1, 4, 8, 8\)"),
-    (dict(prompt=[]), "prompt must be a string, or a list of at least one string"),
-    (dict(prompt=None), "prompt must be a string, or a list of at least one string"),
-    (dict(prompt=["a cat", 3]), "prompt must be a string, or a list of at least one string"),
-    (dict(strength=0.5), "strength"),
-    (dict(stepz=3), "stepz"),
-]
-
-
-@pytest.mark.parametrize(("settings", "message"), BAD)
-def test_a_bad_setting_is_one_clear_error(pipe, settings, message):
-    with pytest.raises((ValueError, TypeError), match=message) as caught:
-        pipe.text_to_image(**dict(prompt="a cat") | settings)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(strength=1.5), r"strength must be in \[0, 1\], found 1.5"),
-        (dict(strength=float("nan")), r"strength must be in \[0, 1\], found nan"),
-        (dict(strength="0.5"), r"strength must be in \[0, 1\], found '0.5'"),
-        (dict(width=64), "give both width and height, or neither"),
-        (dict(width=0, height=0), "multiples of 8, found 0x0"),
-        (dict(mask=Image.new("L", (56, 40))), "the mask is black everywhere"),
-        (dict(mask=Image.new("L", (40, 56), 255)), "the mask is 40x56 and the picture 56x40"),
-        (dict(mask="no.png"), "no.png: no such picture file"),
-        (dict(image="no.png"), "no.png: no such picture file"),
-        (dict(image=None), "expected a path or a PIL image, found NoneType"),
-    ],
-)
-def test_a_bad_setting_of_inpainting_is_one_clear_error(pipe, photo, settings, message):
-    good = dict(prompt="a cat", image=photo, mask=Image.new("L", photo.size, 255))
-    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
-        pipe.inpaint(**good | settings)
-
-
-def test_a_prompt_that_is_too_long_warns(pipe):
-    with pytest.warns(UserWarning, match="80 tokens and only 75 fit; this was cut off: 'cat cat cat cat cat'"):
-        pipe.text_to_image("cat " * 80, **FAST)
-
-
-def test_a_tokenizer_of_another_model_is_refused(pipe):
-    config = dataclasses.replace(SMALL, clip=dataclasses.replace(SMALL.clip, vocab_size=1000, pad_token=0))
-    with pytest.raises(ValueError, match="use the tokenizer that belongs to the model"):
-        dataclasses.replace(pipe, config=config).text_to_image("a cat", **FAST)

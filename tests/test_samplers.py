@@ -2,8 +2,10 @@
 
 Gaussian data N(0, S^2) has the denoiser D(x, sigma) = S^2 / (S^2 + sigma^2) x, and the exact flow keeps
 x / sqrt(S^2 + sigma^2) constant. Every sampler is linear in its start and its noises here, so the variance of its
-result follows from its response to each of them alone: no statistics are needed.
+result follows from its response to each of them alone: no statistics are needed. All of it runs in float64.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,11 @@ import numpy as np
 import pytest
 
 from sdjax.config import ScheduleConfig
-from sdjax.diffusion.sample import image_keys, initial_noise, sample, stream
-from sdjax.diffusion.samplers import SAMPLERS, ddim
+from sdjax.diffusion.samplers import SAMPLERS, Method, Multistep, ddim
 from sdjax.diffusion.schedule import SPACINGS, noise_schedule
 
 SCHEDULE = noise_schedule(ScheduleConfig())
+ZERO_SNR = noise_schedule(ScheduleConfig(zero_terminal_snr=True))
 S = 0.7
 ORDERS = {
     "ddpm": 1,
@@ -31,35 +33,64 @@ ORDERS = {
     "dpmpp_2m_sde": 2,
     "dpmpp_sde": 1,
     "unipc": 2,
-    "lcm": None,
+    "lcm": None,  # exact for a consistency function, and for nothing else
 }
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
-STOCHASTIC = [name for name, sampler in SAMPLERS.items() if sampler.stochastic and name != "lcm"]
+STOCHASTIC = [name for name, sampler in SAMPLERS.items() if sampler.stochastic and ORDERS[name]]
 
 
 def gaussian(x, level):
     return S**2 / (S**2 + level.sigma**2) * x
 
 
-def responses(sampler, sigma, denoise=gaussian):
-    """In float64: the result for a unit start without noise, and for every unit noise alone from a start at 0."""
+def shifted_gaussian(x, level):
+    return 2 + gaussian(x - 2, level)
+
+
+def consistency(x, level):
+    return S / jnp.sqrt(S**2 + level.sigma**2) * x
+
+
+def constant(x, level):
+    return jnp.full_like(x, 0.3)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def scanned(method, denoise, rows, x, eps):
+    """x[b, 1] and eps[s, draws, b, 1] -> x after every row, [s, b, 1]."""
+
+    def body(carry, row_and_eps):
+        row, drawn = row_and_eps
+        carry = method.step(denoise, carry, row, tuple(drawn))
+        return carry, carry.x
+
+    return jax.lax.scan(body, method.init(x), (rows, eps))[1]
+
+
+def run(sampler, sigma, denoise, start, eps=0.0, schedule=SCHEDULE):
+    """x after every row, float64[s, b], from start[b], with eps[s, draws, b] or the same noise everywhere."""
     with jax.enable_x64(True):
-        rows = jax.tree.map(jnp.asarray, sampler.rows(SCHEDULE, sigma))
-        count, draws = len(rows.levels.sigma), sampler.method.draws
-        inputs = np.eye(1 + count * draws)  # one image for each input
-        eps = jnp.asarray(inputs[:, 1:].T.reshape(count, draws, len(inputs), 1))
+        rows = jax.tree.map(jnp.asarray, sampler.rows(schedule, sigma))
+        shape = (len(rows.levels.sigma), sampler.method.draws, len(start))
+        eps = jnp.asarray(np.broadcast_to(eps, shape))[..., None]
+        return np.asarray(scanned(sampler.method, denoise, rows, jnp.asarray(start)[:, None], eps))[..., 0]
 
-        def body(carry, row_and_eps):
-            row, drawn = row_and_eps
-            return sampler.method.step(denoise, carry, row, tuple(drawn)), None
 
-        start = sampler.method.init(jnp.asarray(inputs[:, :1]))
-        return np.asarray(jax.lax.scan(body, start, (rows, eps))[0].x)[:, 0]
+def responses(sampler, sigma, denoise=gaussian, shift=0.0):
+    """The result for a unit start without noise, then for every unit noise alone from a start at 0."""
+    count, draws = len(sampler.rows(SCHEDULE, sigma).levels.sigma), sampler.method.draws
+    inputs = np.eye(1 + count * draws)  # one image for each
+    return run(sampler, sigma, denoise, inputs[0] + shift, inputs[1:].reshape(count, draws, -1))[-1]
 
 
 def grid(steps, high=10.0, low=0.1):
     """Levels evenly in log sigma, not down to 0, where the exact solution is known at both ends."""
     return np.geomspace(high, low, steps + 1)
+
+
+def variance(found, before, after):
+    """The variance of the result, over its exact value, if the start has the exact variance at `before`."""
+    return (found[0] ** 2 * (S**2 + before**2) + np.sum(found[1:] ** 2)) / (S**2 + after**2)
 
 
 def test_every_sampler_has_a_stated_order():
@@ -68,8 +99,9 @@ def test_every_sampler_has_a_stated_order():
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_result_converges_to_the_exact_flow_with_the_stated_order(name):
+    """Adams-Bashforth has its order on even steps in sigma; this range begins where its low-order start costs little."""
+
     def error(steps):
-        # Adams-Bashforth has its order on even steps in sigma
         sigma = np.linspace(10, 1, 2 * steps + 1) if ORDERS[name] == 4 else grid(steps)
         exact = np.sqrt((S**2 + sigma[-1] ** 2) / (S**2 + sigma[0] ** 2))
         return abs(responses(SAMPLERS[name], sigma)[0] / exact - 1)
@@ -84,9 +116,7 @@ def test_result_converges_to_the_exact_flow_with_the_stated_order(name):
 def test_variance_converges_to_the_exact_marginal_with_the_stated_order(name):
     def error(steps):
         sigma = grid(steps)
-        found = responses(SAMPLERS[name], sigma)
-        variance = found[0] ** 2 * (S**2 + sigma[0] ** 2) + np.sum(found[1:] ** 2)
-        return abs(variance / (S**2 + sigma[-1] ** 2) - 1)
+        return abs(variance(responses(SAMPLERS[name], sigma), sigma[0], sigma[-1]) - 1)
 
     coarse, fine = error(50), error(100)
     assert fine < 0.15
@@ -96,40 +126,75 @@ def test_variance_converges_to_the_exact_marginal_with_the_stated_order(name):
 
 def test_lcm_is_exact_for_a_consistency_function():
     sigma = grid(4)
-    found = responses(SAMPLERS["lcm"], sigma, lambda x, level: S / jnp.sqrt(S**2 + level.sigma**2) * x)
-    variance = found[0] ** 2 * (S**2 + sigma[0] ** 2) + np.sum(found[1:] ** 2)
-    np.testing.assert_allclose(variance, S**2 + sigma[-1] ** 2, rtol=1e-12)
+    found = responses(SAMPLERS["lcm"], sigma, consistency)
+    np.testing.assert_allclose(variance(found, sigma[0], sigma[-1]), 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_perfect_denoiser_is_reproduced(name):
-    """If D is the same picture at every level, that picture is the result, whatever the noise."""
+def test_the_mean_of_the_data_is_carried_through_exactly(name):
+    """Data around 2, a start around 2: the same responses around 2, so the mean of the result is exact."""
+    sigma = grid(7)
+    found = responses(SAMPLERS[name], sigma, shifted_gaussian, shift=2.0)
+    np.testing.assert_allclose(found - 2, responses(SAMPLERS[name], sigma), atol=1e-11)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_denoiser_is_reproduced_at_sigma_0(name):
+    """If D is the same picture at every level, that picture is the result, whatever the spacing, length and noise."""
+    for schedule in (SCHEDULE, ZERO_SNR):
+        for spacing in SPACINGS:
+            for steps in (1, 2, 5):
+                sigma = schedule.levels(steps, spacing)
+                found = run(SAMPLERS[name], sigma, constant, np.array([-sigma[0], sigma[0]]), 1.0, schedule)
+                np.testing.assert_allclose(found[-1], 0.3, atol=1e-7, err_msg=f"{spacing}, {steps} steps")
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_what_is_known_keeps_the_noise_that_it_started_with(name):
+    """With D constant, x = D + sigma eps at every level: a known region needs no renoising and pasting."""
     sigma = SCHEDULE.levels(6, "karras")
-    found = responses(SAMPLERS[name], sigma, lambda x, level: jnp.full_like(x, 0.3))
-    np.testing.assert_allclose(found, 0.3, rtol=1e-9)
+    eps = np.array([-1.0, 0.5])
+    path = run(SAMPLERS[name], sigma, constant, 0.3 + sigma[0] * eps)
+    path = np.delete(path, 0, axis=0) if name == "plms" else path  # its first two rows are one step
+    np.testing.assert_allclose(path, 0.3 + sigma[1:, None] * eps, atol=1e-10)
 
 
-@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("schedule", [SCHEDULE, ZERO_SNR], ids=["usual", "zero terminal SNR"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_tables_are_finite_for_every_spacing_and_length(name, zero_terminal_snr):
-    schedule = noise_schedule(ScheduleConfig(zero_terminal_snr=zero_terminal_snr))
+def test_tables_are_finite_for_every_spacing_and_length(name, schedule):
     for spacing in SPACINGS:
-        for steps in (1, 2, 3, 7):
+        for steps in (1, 2, 3, 7, 1000):
             sigma = schedule.levels(steps, spacing)
             with np.errstate(all="raise", under="ignore"):
                 rows = SAMPLERS[name].rows(schedule, sigma)
             for leaf in jax.tree.leaves(rows):
-                assert np.isfinite(np.asarray(leaf, np.float64)).all()
                 assert np.isfinite(np.asarray(leaf, np.float32)).all()
             assert rows.levels.t.min() >= 0
             assert rows.levels.t.max() <= 999
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_step_is_the_denoiser(name):
-    sigma = np.array([5.0, 0.0])
-    found = responses(SAMPLERS[name], sigma)[0]
-    np.testing.assert_allclose(found, S**2 / (S**2 + 25), rtol=1e-9)
+def test_one_step_to_sigma_0_is_the_denoiser(name):
+    found = responses(SAMPLERS[name], np.array([5.0, 0.0]))
+    np.testing.assert_allclose(found[0], S**2 / (S**2 + 25), rtol=1e-9)
+    np.testing.assert_array_equal(found[1:], 0)  # no noise is left in a picture
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_enters_where_the_table_says_so(name):
+    noise = responses(SAMPLERS[name], grid(5))[1:]
+    if SAMPLERS[name].stochastic:
+        assert (np.abs(noise) > 1e-6).all()
+    else:
+        assert (noise == 0).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_network_is_called_as_often_as_the_table_of_samplers_says(name):
+    rows = SAMPLERS[name].rows(SCHEDULE, SCHEDULE.levels(9, "karras"))
+    calls = len(rows.levels.sigma) if SAMPLERS[name].method == Multistep() else len(rows.two_calls) + rows.two_calls.sum()
+    two = name in ("heun", "dpm2", "dpm2_a", "dpmpp_sde")
+    assert calls == (17 if two else 10 if name == "plms" else 9)
 
 
 def test_ddim_with_eta_is_between_ddim_and_ddpm():
@@ -138,76 +203,35 @@ def test_ddim_with_eta_is_between_ddim_and_ddpm():
     np.testing.assert_allclose(responses(ddim(1.0), sigma), responses(SAMPLERS["ddpm"], sigma))
     noise = [np.abs(responses(ddim(eta), sigma)[1:]).sum() for eta in (0.0, 0.5, 1.0)]
     assert noise[0] == 0 < noise[1] < noise[2]
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
+def test_eta_out_of_range_is_refused(eta):
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
-        ddim(1.5)
+        ddim(eta)
 
 
-def test_first_step_of_2m_is_euler():
+def test_ddpm_is_the_posterior_of_the_forward_process():
+    """One step from t to t - 1 is q(x_{t-1} | x_t, x0_hat) of Ho et al. 2020, eq. 6 and 7, in the other view."""
+    t = 500
+    alpha_bar, before, beta = SCHEDULE.alpha_bars[t], SCHEDULE.alpha_bars[t - 1], SCHEDULE.betas[t]
+    rows = SAMPLERS["ddpm"].rows(SCHEDULE, SCHEDULE.sigmas[[t, t - 1]])
+    of_x0 = np.sqrt(before) * beta / (1 - alpha_bar)
+    of_x_t = np.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar)
+    deviation = np.sqrt((1 - before) / (1 - alpha_bar) * beta)
+    np.testing.assert_allclose(rows.history[0, 0] * np.sqrt(before), of_x0, rtol=1e-9)
+    np.testing.assert_allclose(rows.scale[0] * np.sqrt(before / alpha_bar), of_x_t, rtol=1e-9)
+    np.testing.assert_allclose(rows.noise[0] * np.sqrt(before), deviation, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "lms"])
+def test_a_multistep_rule_starts_with_euler(name):
     sigma = grid(1)
-    np.testing.assert_allclose(responses(SAMPLERS["dpmpp_2m"], sigma), responses(SAMPLERS["euler"], sigma))
+    np.testing.assert_allclose(responses(SAMPLERS[name], sigma), responses(SAMPLERS["euler"], sigma))
 
 
-# The drivers
-
-TRACES = []
-
-
-def make_denoiser(strength):
-    TRACES.append(1)
-
-    def denoise(x, level):
-        return strength * jnp.tanh(x) / (1 + level.sigma) + 0.01 * level.t / 1000
-
-    return denoise
-
-
-def run(name, seeds, steps=5, spacing="karras", driver=sample):
-    sampler = SAMPLERS[name]
-    sigma = SCHEDULE.levels(steps, spacing)
-    rows = jax.tree.map(jnp.asarray, sampler.rows(SCHEDULE, sigma))
-    keys = image_keys(seeds)
-    x = initial_noise(keys, (4, 4, 2)) * sigma[0]
-    return driver(make_denoiser, jnp.float32(0.9), sampler.method, rows, x, keys)
-
-
-@pytest.fixture(scope="module")
-def jitted():
-    def driver(*arguments):
-        make, inputs, method, *rest = arguments
-        return compiled(make, inputs, method, *rest)
-
-    compiled = jax.jit(sample, static_argnums=(0, 2))
-    return driver
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_result_depends_on_its_own_seed_alone(name, jitted):
-    together = run(name, [3, 5, 4], driver=jitted)
-    again = run(name, [9, 3, 5], driver=jitted)
-    np.testing.assert_array_equal(together[0], again[1])
-    np.testing.assert_array_equal(together[1], again[2])
-    assert np.abs(together[0] - together[1]).max() > 1e-3
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_streaming_gives_what_scanning_gives(name, jitted):
-    steps = list(run(name, [1, 2], driver=stream))
-    np.testing.assert_allclose(steps[-1][0], run(name, [1, 2], driver=jitted), rtol=2e-5, atol=2e-6)
-    assert len(steps) == 5 + (name == "plms")
-    if ORDERS[name] != 4:  # these extrapolate
-        np.testing.assert_allclose(steps[-1][0], steps[-1][1], atol=1e-6)
-
-
-def test_other_seeds_spacings_and_samplers_of_a_method_compile_nothing(jitted):
-    run("euler", [0, 1], driver=jitted)
-    before = len(TRACES)
-    for name in ("euler", "ddim", "ddpm", "dpmpp_2m", "lms", "unipc", "dpmpp_2m_sde", "lcm", "euler_a"):
-        for spacing in SPACINGS:
-            run(name, [7, 8], spacing=spacing, driver=jitted)
-    assert len(TRACES) == before
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
-def test_seeds_out_of_range_are_refused(seed):
-    with pytest.raises(ValueError, match="a seed must be a whole number"):
-        image_keys([seed])
+def test_samplers_of_one_method_are_one_program():
+    """A method is a value: equal ones are one static argument, so that jit compiles once for all of them."""
+    methods = {sampler.method for sampler in SAMPLERS.values()}
+    assert len(methods) == 4  # multistep; two-stage with 0, 1 and 2 draws
+    assert all(isinstance(method, Method) for method in methods)

@@ -55,7 +55,7 @@ class NoiseSchedule(NamedTuple):
             sigma = np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
         else:
             if spacing == "leading":
-                t = np.minimum(np.arange(steps)[::-1] * (total // steps) + 1, total - 1)
+                t = np.arange(steps)[::-1] * (total // steps) + (steps < total)  # T steps leave no room for a shift
             elif spacing == "linspace":
                 t = (total - 1) * (1 - ramp)
             elif spacing == "trailing":
