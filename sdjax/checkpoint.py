@@ -232,11 +232,13 @@ def metadata(path: str | Path) -> Params:
         stored = ocp.metadata(path / "params").metadata
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {_damaged(error)}") from None
+    if stored is None:
+        raise ValueError(f"{path}: {_damaged('no metadata')}")
     _check_tree(stored, read_config(path), str(path))
     return stored
 
 
-def _damaged(error: Exception) -> str:
+def _damaged(error: object) -> str:
     reason = " ".join(str(error).split())[:300]
     return f"the parameters cannot be read ({reason}); convert the model or copy the folder again"
 

@@ -6,11 +6,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
+import jax
 import pytest
 
 from sdjax.config import TINY, ModelConfig
 from sdjax.models.params import random_params
 from sdjax.types import Params
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Small models take longer to compile than to run: compile quickly, but for full-size runs."""
+    if config.getoption("markexpr") == "not full":
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

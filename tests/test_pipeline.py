@@ -17,7 +17,6 @@ from PIL import Image
 
 from sdjax import image as images
 from sdjax import pipeline as pipelines
-from sdjax.config import TINY
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, q_sample
 from sdjax.models.params import random_params
@@ -25,24 +24,13 @@ from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.pipeline import Pipeline
 from sdjax.tokenizer import clip_tokenizer
+from tests.small import SMALL
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.png"
-SMALL = dataclasses.replace(
-    TINY,
-    vae=dataclasses.replace(TINY.vae, channels=(8, 8, 16, 16)),
-    unet=dataclasses.replace(TINY.unet, channels=(32, 64), attention=(True, False), heads=(2, 2)),
-)
 SMALL_INPAINT = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, in_channels=9))
 SIZE = dict(width=56, height=40)  # not square, an odd number of cells
 FAST = dict(**SIZE, steps=4)
 STREAMED = dict(**FAST, progress=lambda *step: None)  # shares its compiled step with `latents_of`
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

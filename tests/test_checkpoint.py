@@ -1,0 +1,139 @@
+"""Our own checkpoint: bits kept, nothing half-written, nothing read that should not be."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sdjax import checkpoint
+from sdjax.config import TINY
+from sdjax.models.params import random_params
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_params):
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    checkpoint.save(path, TINY, tiny_params)
+    return path
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    checkpoint.save(tmp_path / "m", TINY, random_params(TINY))
+    return tmp_path / "m"
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_restoring_gives_the_same_bits(saved, tiny_params):
+    config, params = checkpoint.restore(saved)
+    assert config == TINY
+    assert jax.tree.structure(params) == jax.tree.structure(dict(tiny_params))
+    assert_same(params, tiny_params)
+
+
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES)
+def test_restoring_casts_by_the_policy(saved, dtype, tiny_params):
+    _, params = checkpoint.restore(saved, dtype=dtype)
+    assert_same(params, jax.tree.map(np.asarray, checkpoint.cast(tiny_params, dtype)))
+    vae = "float32" if dtype == "float16" else dtype
+    assert params["vae"]["quant_conv"]["bias"].dtype == vae
+    assert params["unet"]["conv_in"]["bias"].dtype == dtype
+
+
+def test_bfloat16_is_kept(tmp_path):
+    params = random_params(TINY, dtype="bfloat16")
+    checkpoint.save(tmp_path / "m", TINY, params)
+    assert_same(checkpoint.restore(tmp_path / "m")[1], params)
+
+
+def test_restoring_places_leaves_as_asked(saved):
+    mesh = jax.make_mesh((4,), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    _, params = checkpoint.restore(saved, sharding=sharding)
+    assert params["unet"]["conv_in"]["kernel"].sharding == sharding
+
+
+def test_pieces_are_put_together(tmp_path, monkeypatch, tiny_params):
+    monkeypatch.setattr(checkpoint, "PIECE", 2**21)
+    checkpoint.save(tmp_path / "m", TINY, tiny_params)
+    assert_same(checkpoint.restore(tmp_path / "m")[1], tiny_params)
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "params"}
+
+
+def test_existing_checkpoints_are_kept_unless_forced(copied, tiny_params):
+    (copied / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="--force"):
+        checkpoint.save(copied, TINY, tiny_params)
+    assert (copied / "mine.txt").read_text() == "precious"
+    checkpoint.save(copied, TINY, tiny_params, force=True)
+    assert not (copied / "mine.txt").exists()
+    assert [path.name for path in copied.parent.iterdir()] == ["m"]
+
+
+def test_failing_leaves_the_old_checkpoint_and_nothing_else(copied):
+    class Broken:
+        shape, dtype = (4,), np.dtype("float32")
+
+        def __array__(self, dtype=None, copy=None):
+            raise OSError("disk full")
+
+    params = random_params(TINY)
+    params["unet"]["conv_out"]["bias"] = Broken()
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(copied, TINY, params, force=True)
+    assert [path.name for path in copied.parent.iterdir()] == ["m"]
+    checkpoint.restore(copied)
+
+
+def test_a_tree_of_another_model_is_refused(tmp_path, tiny_params):
+    params = {part: dict(tree) for part, tree in tiny_params.items()}
+    params["unet"] = {name: tree for name, tree in params["unet"].items() if name != "conv_in"}
+    with pytest.raises(ValueError, match=r"2 differences; unet/conv_in/bias: expected \(32,\), found nothing"):
+        checkpoint.save(tmp_path / "m", TINY, params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_that_does_not_fit_is_refused(copied):
+    wider = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, in_channels=9))
+    (copied / "config.json").write_text(wider.to_json())
+    with pytest.raises(ValueError, match="unet/conv_in/kernel"):
+        checkpoint.restore(copied)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}'])
+def test_damaged_configs_are_named(copied, content):
+    (copied / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        checkpoint.restore(copied)
+
+
+def test_symbolic_links_are_refused(copied, tmp_path):
+    (tmp_path / "secret").write_bytes(b"x" * 100)
+    victim = next(path for path in sorted((copied / "params").rglob("*")) if path.is_file())
+    victim.unlink()
+    os.symlink(tmp_path / "secret", victim)
+    with pytest.raises(ValueError, match="symbolic link"):
+        checkpoint.restore(copied)
+
+
+def test_damaged_data_is_named(copied):
+    for path in (copied / "params").rglob("*"):
+        if path.is_file() and path.stat().st_size > 100_000:
+            path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.restore(copied)
+
+
+def test_other_folders_are_no_checkpoints(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint here"):
+        checkpoint.restore(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        checkpoint.dtype_of("unet", "int8")

@@ -1,0 +1,225 @@
+"""`sdjax.load`: every kind of model, converted once; the hub through a small one served on this machine."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import convert
+import sdjax
+from convert.write import write_diffusers, write_safetensors
+from sdjax import checkpoint
+from sdjax.config import TINY
+from sdjax.load import SHORT_NAMES, converted, describe, find, load, needed_files
+from sdjax.models.params import random_params
+from sdjax.tokenizer import clip_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("load") / "tiny"
+    write_diffusers(path, TINY, random_params(TINY))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "converted"
+
+
+def assert_tiny(pipe):
+    assert pipe.config == TINY
+    for a, b in zip(jax.tree.leaves(pipe.params), jax.tree.leaves(random_params(TINY)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_model_is_an_untrained_one_and_says_so():
+    with pytest.warns(UserWarning, match="untrained tiny model with random weights"):
+        pipe = load()
+    assert_tiny(pipe)
+    assert pipe.name == "tiny-random"
+
+
+def test_every_kind_of_model_is_loaded(folder, tmp_path):
+    write_safetensors(tmp_path / "m.safetensors", TINY, random_params(TINY))
+    checkpoint.save(tmp_path / "ours", TINY, random_params(TINY))
+    for model in (folder, tmp_path / "m.safetensors", tmp_path / "ours", str(tmp_path / "ours")):
+        assert_tiny(load(model))
+
+
+def test_a_foreign_model_is_converted_once(folder, cache, monkeypatch):
+    assert_tiny(load(folder))
+    assert len(list(cache.iterdir())) == 1
+
+    def fail(*_, **__):
+        raise AssertionError("converted again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "lazy", fail)
+        assert_tiny(load(folder))
+        assert load(folder, dtype="bfloat16").params["unet"]["conv_in"]["bias"].dtype == "bfloat16"
+    os.utime(folder / "unet" / "config.json")
+    load(folder)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_failed_conversion_leaves_no_cache(folder, cache, tmp_path):
+    write_safetensors(tmp_path / "m.safetensors", TINY, random_params(TINY))
+    data = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(data[:-8])
+    with pytest.raises(convert.CheckpointError):
+        load(tmp_path / "m.safetensors")
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_a_tokenizer_folder_takes_precedence(folder, tmp_path):
+    converted_ = converted(folder)
+    assert (converted_ / "tokenizer" / "vocab.json").is_file()
+    vocab = json.loads((converted_ / "tokenizer" / "vocab.json").read_text())
+    vocab["heart</w>"], vocab["cat</w>"] = vocab["cat</w>"], vocab["heart</w>"]
+    (converted_ / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
+    assert load(converted_).tokenizer.encode("heart") == clip_tokenizer().encode("cat")
+
+
+def test_a_missing_part_may_be_given(folder, tmp_path):
+    write_safetensors(tmp_path / "m.safetensors", TINY, random_params(TINY))
+    other = random_params(TINY, seed=1)
+    write_diffusers(tmp_path / "other", TINY, other)
+    pipe = load(tmp_path / "m.safetensors", vae=tmp_path / "other")
+    np.testing.assert_array_equal(pipe.params["vae"]["quant_conv"]["bias"], other["vae"]["quant_conv"]["bias"])
+    checkpoint.save(tmp_path / "ours", TINY, other)
+    with pytest.raises(ValueError, match="whole checkpoint"):
+        load(tmp_path / "ours", vae=tmp_path / "other")
+
+
+def test_wrong_names_and_dtypes_are_refused_before_anything_slow(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder; expected a checkpoint, a hub id"):
+        load("nothing-here")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load("models/missing.ckpt")
+    with pytest.raises(ValueError, match="dtype"):
+        load(dtype="int8")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        load(tmp_path / "empty")
+
+
+def test_describing_tells_what_a_model_holds(folder, tmp_path):
+    checkpoint.save(tmp_path / "ours", TINY, random_params(TINY, dtype="bfloat16"))
+    assert "bfloat16" in describe(tmp_path / "ours")
+    for path in (folder, tmp_path / "ours"):
+        assert "2,174,852 parameters, 4 input channels" in describe(path)
+
+
+def test_of_a_hub_model_only_what_is_needed_is_downloaded():
+    files = ["model_index.json", "README.md", "big.ckpt", "unet/config.json", "vae/config.json", "vae/x.msgpack"]
+    files += [
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "safety_checker/model.safetensors",
+    ]
+    files += [f"unet/diffusion_pytorch_model{end}" for end in (".bin", ".safetensors", ".fp16.safetensors")]
+    files += ["vae/diffusion_pytorch_model.bin", "text_encoder/model.safetensors.index.json"]
+    files += [f"text_encoder/model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert set(needed_files("x/y", files)) == set(files) - {
+        "README.md",
+        "big.ckpt",
+        "vae/x.msgpack",
+        "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    }
+    with pytest.raises(FileNotFoundError, match="no diffusers model"):
+        needed_files("x/y", ["README.md"])
+    with pytest.raises(FileNotFoundError, match="no weights for"):
+        needed_files("x/y", ["model_index.json"])
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The two requests of the hub's protocol that a download makes: what a model has, and one file of it."""
+
+    folder: Path
+    model = SHORT_NAMES["sd15"]
+    served: list[str]
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        path = self.path.split("?")[0]
+        commit, headers = "0" * 40, {}
+        files = {str(file.relative_to(self.folder)): file for file in self.folder.rglob("*") if file.is_file()}
+        names = [*files, "README.md", "huge.ckpt"]
+        if path.startswith(f"/api/models/{self.model}/tree/"):
+            data = json.dumps([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]).encode()
+        elif path.startswith(f"/api/models/{self.model}"):
+            siblings = [{"rfilename": name} for name in names]
+            data = json.dumps({"id": self.model, "sha": commit, "siblings": siblings}).encode()
+        elif path.startswith(f"/{self.model}/resolve/"):
+            name = path.split("/", 5)[5]
+            data = files[name].read_bytes()
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{hash(data) & 0xFFFFFFFF:08x}"'}
+            if body:
+                self.served.append(name)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for header, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(header, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_hub_models_are_downloaded_converted_and_found_again(folder, tmp_path):
+    handler = type("Handler", (Hub,), {"folder": folder, "served": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+    def run(model):
+        code = f"import sdjax; pipe = sdjax.load({model!r}); print(pipe.config.name, pipe.name)"
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    first = run("sd15")
+    assert first.stdout.split() == ["tiny", "sd15"], first.stderr
+    assert "unet/diffusion_pytorch_model.safetensors" in handler.served
+    assert not {"README.md", "huge.ckpt"} & set(handler.served)
+    missing = run("nobody/nothing")
+    assert missing.stderr.strip().splitlines()[-1].startswith("FileNotFoundError: nobody/nothing: not on the hub")
+    server.shutdown()
+    server.server_close()
+    again = run("sd15")  # the hub is gone; its cache and ours are there
+    assert again.stdout.split() == ["tiny", "sd15"], again.stderr
+    unreachable = run("somebody/else")
+    assert "ConnectionError: somebody/else: the hub cannot be reached" in unreachable.stderr
+
+
+def test_public_names_are_there():
+    for name in sdjax.__all__:
+        assert getattr(sdjax, name) is not None
+    assert sdjax.models.clip.TextEncoder is not None
+    assert find(".") == Path(".")
