@@ -1,0 +1,43 @@
+"""Every example runs as its docstring says, on a model small enough for a test."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdjax import checkpoint
+from sdjax.models.params import random_params
+from tests.small import SMALL
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PHOTO = Path(__file__).parent / "data" / "astronaut.png"
+SIZES = {"text_to_image": (4 * 32, 32), "pure_functions": (32, 32), "edit_photo": (5 * 40, 32)}
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SIZES)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_example_runs(name, tmp_path):
+    checkpoint.save(tmp_path / "model", SMALL, random_params(SMALL))
+    arguments = ["--model", str(tmp_path / "model"), "--steps", "2", "--output", str(tmp_path / "out.png")]
+    if name == "edit_photo":
+        with Image.open(PHOTO) as photo:
+            photo.resize((40, 32)).save(tmp_path / "photo.png")
+        arguments.insert(0, str(tmp_path / "photo.png"))
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == SIZES[name]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_script_shows_its_command_and_its_help(path):
+    text = path.read_text()
+    assert re.search(rf"^    .*python {path.relative_to(EXAMPLES.parent)}", text, re.MULTILINE)
+    result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert result.returncode == 0, result.stderr
