@@ -109,18 +109,25 @@ def download(name: str) -> Path:
         files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings or []]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=needed_files(name, files)))
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name}: not on the hub, or not yours to read ({reason})") from None
-    except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, FileNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            raise
+        raise FileNotFoundError(f"{name}: not on the hub, or not yours to read ({_first_line(error)})") from None
+    except _NotADiffusersModel:
+        raise
+    except Exception as error:  # each version of the client raises the errors of another HTTP library
         try:
-            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+            there = ["model_index.json", "*/config.json"]  # not everything on the hub was needed
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=there, local_files_only=True))
         except (errors.LocalEntryNotFoundError, OSError):
-            reason = str(error).strip().splitlines()[0]
             raise ConnectionError(
-                f"{name}: the hub cannot be reached and the model is not in its cache ({reason})"
+                f"{name}: the hub cannot be reached and the model is not in its cache ({_first_line(error)})"
             ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class _NotADiffusersModel(FileNotFoundError):
+    """A hub model without the files of a diffusers folder."""
 
 
 def describe(path: Path) -> str:
@@ -145,14 +152,14 @@ def describe(path: Path) -> str:
 def needed_files(name: str, files: list[str]) -> list[str]:
     """Of the files of a hub model, those that converting it reads."""
     if "model_index.json" not in files:
-        raise FileNotFoundError(f"{name}: no diffusers model on the hub (model_index.json is missing)")
+        raise _NotADiffusersModel(f"{name}: no diffusers model on the hub (model_index.json is missing)")
     needed = [file for file in files if file.rpartition("/")[2] in diffusers.JSON_FILES]
     needed += [f"tokenizer/{file}" for file in diffusers.TOKENIZER_FILES if f"tokenizer/{file}" in files]
     for part, folder in diffusers.FOLDERS.items():
         inside = [file.removeprefix(f"{folder}/") for file in files if file.startswith(f"{folder}/")]
         weights = diffusers.weight_file(inside, part)
         if weights is None:
-            raise FileNotFoundError(f"{name}: no weights for {folder} on the hub")
+            raise _NotADiffusersModel(f"{name}: no weights for {folder} on the hub")
         needed.append(f"{folder}/{weights}")
         if weights.endswith(".json"):  # an index: its shards, named after it
             stem, extension = weights.split(".")[0], weights.split(".")[1]
