@@ -1,27 +1,28 @@
 """Reading .ckpt files of torch before 1.6, which are no zip archives: through torch, if it is installed.
 
-torch's own restricted loader reads them (`weights_only=True`), with a stand-in for the one class that Stable Diffusion
-files name. Its versions before 2.10 have known holes and are not used.
+torch's own restricted loader reads them (`weights_only=True`), with a stand-in for the few classes that such files name
+beside the weights. Its versions before 2.10 have known holes and are not used.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from convert.source import CheckpointError, Source, TensorInfo, unwrap
+from convert.source import DTYPES, CheckpointError, Source, TensorInfo, unwrap
 from convert.torch_file import TORCH_DTYPES
 
 OLDEST_TORCH = (2, 10)
 CLASSES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
 )
-SPECIAL = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 class StandIn:
@@ -35,27 +36,33 @@ def open_legacy(path: Path) -> Source:
         with torch.serialization.safe_globals([(StandIn, name) for name in CLASSES]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises almost anything on a damaged file
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path}: torch refuses this old .ckpt ({type(error).__name__}: {reason})") from None
+        line = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the pickle names {named[1]}, which no checkpoint of weights needs" if named else line
+        raise CheckpointError(
+            f"{path}: torch refuses this old .ckpt, nothing was run ({type(error).__name__}: {ascii(what[:160])[1:-1]})"
+        ) from None
     found, skipped, metadata = unwrap(state, path, lambda value: isinstance(value, torch.Tensor))
-
-    def dtype(tensor: Any) -> str:
-        name = str(tensor.dtype).removeprefix("torch.")
-        if name not in TORCH_DTYPES:
-            raise CheckpointError(f"{path}: a tensor has the dtype {name}, which is not supported")
-        return TORCH_DTYPES[name]
-
-    tensors = {name: TensorInfo(dtype(tensor), tuple(tensor.shape)) for name, tensor in found.items()}
+    size = path.stat().st_size
+    tensors = {name: _info(path, name, tensor, size) for name, tensor in found.items()}
 
     def read(name: str) -> np.ndarray:
-        tensor = found[name].detach().contiguous()
-        special = SPECIAL.get(tensors[name].dtype)
-        if special is None:
-            return tensor.numpy().copy()
-        bits = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int8)
-        return bits.numpy().copy().view(special)
+        dtype = DTYPES[tensors[name].dtype]
+        raw = found[name].detach().contiguous().reshape(-1).view(torch.uint8)
+        return raw.numpy().copy().view(dtype).reshape(tensors[name].shape)
 
     return Source(path, "ckpt-legacy", tensors, read, found.clear, skipped, metadata)
+
+
+def _info(path: Path, name: str, tensor: Any, file_size: int) -> TensorInfo:
+    dtype, layout = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, tensor.layout))
+    if dtype not in TORCH_DTYPES or layout != "strided" or tensor.device.type != "cpu":
+        raise CheckpointError(f"{path}: {name} is a {layout} tensor of {dtype}, which is not supported")
+    if tensor.numel() * tensor.element_size() > file_size:
+        raise CheckpointError(
+            f"{path}: {name} has the shape {tuple(tensor.shape)}, more than the whole file could hold"
+        )
+    return TensorInfo(TORCH_DTYPES[dtype], tuple(tensor.shape))
 
 
 def _torch(path: Path) -> Any:
@@ -63,10 +70,12 @@ def _torch(path: Path) -> Any:
         import torch
     except ImportError:
         raise CheckpointError(
-            f"{path}: a .ckpt from before torch 1.6 (or a bare pickle), which is read through torch; "
+            f"{path}: a .ckpt from before torch 1.6, which is read through torch; "
             "install it with pip install 'sdjax[legacy]'"
         ) from None
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
-        raise CheckpointError(f"{path}: torch {torch.__version__} has known holes; install torch 2.10 or newer")
+        raise CheckpointError(
+            f"{path}: torch {torch.__version__} has known holes; update it with pip install 'torch>=2.10'"
+        )
     return torch

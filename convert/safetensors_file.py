@@ -16,52 +16,56 @@ from typing import Any
 
 import numpy as np
 
-from convert.source import DTYPES, MAX_TENSORS, CheckpointError, Source, TensorInfo, read_at
+from convert.source import DTYPES, MAX_SHAPE, MAX_TENSORS, CheckpointError, Source, TensorInfo, check_name, read_at
+from convert.unpickle import describe
 
 HEADER_BOUND = 100_000_000  # bytes, the format's own bound
+VALUE_BOUND = 4_000_000  # brackets and commas: a tensor has some 10, a long __metadata__ a few hundred thousand
 OLD_PREFIX = "state_dict."  # of files in which a nested dict was flattened
 
 
 def open_safetensors(path: Path) -> Source:
     """Opens a file. Raises CheckpointError if anything about its header is wrong."""
-    descriptor = os.open(path, os.O_RDONLY)
+    file = open(path, "rb", buffering=0)  # noqa: SIM115, the source closes it
     try:
-        size = os.fstat(descriptor).st_size
-        length = int.from_bytes(read_at(descriptor, path, 0, 8).tobytes(), "little")
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(read_at(file, 0, 8).tobytes(), "little")
         if not 2 <= length <= HEADER_BOUND:
             raise CheckpointError(f"{path}: a header of {length} bytes; expected 2 to {HEADER_BOUND}")
         if 8 + length > size:
             raise CheckpointError(f"{path}: the file is cut off within its header; get it again")
-        header = _parse(path, read_at(descriptor, path, 8, length).tobytes())
+        header = _parse(path, read_at(file, 8, length).tobytes())
         metadata, places = _check(path, header, size - 8 - length)
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
     start = 8 + length
 
     def read(name: str) -> np.ndarray:
         info, begin, end = places[name]
-        return read_at(descriptor, path, start + begin, end - begin).view(DTYPES[info.dtype]).reshape(info.shape)
+        return read_at(file, start + begin, end - begin).view(DTYPES[info.dtype]).reshape(info.shape)
 
     tensors = {name: info for name, (info, _, _) in places.items()}
-    return Source(path, "safetensors", tensors, read, lambda: os.close(descriptor), metadata=metadata)
+    return Source(path, "safetensors", tensors, read, file.close, metadata=metadata)
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: the header has {twice!r} twice")
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise CheckpointError(f"{path}: the header has {name[:60]!a} twice")
+            result[name] = value
         return result
 
+    if sum(map(text.count, (b"[", b"{", b","))) > VALUE_BOUND:
+        raise CheckpointError(f"{path}: a header of more than {VALUE_BOUND} values; this is no checkpoint")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not JSON ({str(error)[:100]})") from None
+        raise CheckpointError(f"{path}: the header is not JSON ({str(error)[:100]}); get the file again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is {type(header).__name__}, expected a JSON object")
     return header
@@ -80,6 +84,7 @@ def _check(path: Path, header: dict[str, Any], size: int) -> tuple[dict[str, str
     nested = all(name.startswith(OLD_PREFIX) for name in header)
     places: Places = {}
     for name, entry in header.items():
+        check_name(path, name)
         info, begin, end = _entry(path, name, entry)
         places[name.removeprefix(OLD_PREFIX) if nested else name] = (info, begin, end)
     at = 0
@@ -107,13 +112,14 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         raise CheckpointError(f"{path}: {name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has the dtype {dtype!r}, which is not supported"[:300])
+        raise CheckpointError(f"{path}: {name} has the dtype {describe(dtype)}, which is not supported")
     if not naturals(shape) or not naturals(offsets) or len(offsets) != 2 or len(shape) > 16:
+        raise CheckpointError(f"{path}: {name} has a shape or data_offsets that are no lists of whole numbers")
+    if math.prod(max(n, 1) for n in shape) >= MAX_SHAPE:
+        raise CheckpointError(f"{path}: {name} has the shape {shape}, which is too large")
+    held = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != held:
         raise CheckpointError(
-            f"{path}: {name} has the shape {shape!r} and offsets {offsets!r}, which make no tensor"[:300]
-        )
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise CheckpointError(
-            f"{path}: {name} has {offsets[1] - offsets[0]} bytes for the shape {shape} in {dtype}"[:300]
+            f"{path}: {name} has {offsets[1] - offsets[0]} bytes; the shape {shape} in {dtype} needs {held}"
         )
     return TensorInfo(dtype, tuple(shape)), offsets[0], offsets[1]

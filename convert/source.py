@@ -10,12 +10,15 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from convert.unpickle import describe
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -38,15 +41,24 @@ DTYPES: dict[str, np.dtype] = {
 
 MAX_TENSORS = 100_000
 MAX_DEPTH = 8  # of dicts within dicts
+MAX_NAME = 1000  # characters
+MAX_SHAPE = 2**48  # product of the sizes that are not 0
+LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # the number that opens files of torch before 1.6, as pickled
 
 WHAT_IT_IS = (
-    (b"GGUF", "a GGUF file, whose quantised weights are not supported"),
+    (b"GGUF", "a GGUF file, whose quantised weights are not supported; get the model as .safetensors"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"\x1f\x8b", "a gzip file; unpack it first"),
+    (b"BZh", "a bzip2 file; unpack it first"),
+    (b"\xfd7zXZ", "an xz file; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with git lfs pull"),
     (b"\x89HDF", "an HDF5 file; expected a .ckpt or .safetensors"),
+    (b"{", "a text in JSON; expected a .ckpt or .safetensors"),
+    (b"<", "a web page, not a checkpoint; the download failed, get the file again"),
 )
+"""How other files begin, spaces aside, and what to say of them."""
 
 
 class CheckpointError(ValueError):
@@ -62,7 +74,11 @@ class TensorInfo(NamedTuple):
 
 @dataclass
 class Source:
-    """An open file. format: "ckpt", "ckpt-legacy" or "safetensors". skipped: entries that are no tensors -> their type.
+    """An open file.
+
+    format: "ckpt", "ckpt-legacy" or "safetensors". tensors: in the file's order, names of nested dicts joined by dots.
+    skipped: what is beside the tensors, name -> its type or short value. metadata: __metadata__ of a .safetensors file,
+    global_step of a .ckpt.
 
     Use as a context manager. `read` may be called from several threads.
     """
@@ -76,7 +92,11 @@ class Source:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a new C-contiguous array, in the stored dtype. Raises CheckpointError if the file got shorter."""
+        """A tensor as a new C-contiguous array, in the stored dtype.
+
+        Raises:
+            KeyError: there is no such tensor. CheckpointError: the file got shorter. ValueError: it was closed.
+        """
         return self.reader(name)
 
     def __enter__(self) -> Source:
@@ -109,84 +129,108 @@ def open_source(path: str | Path) -> Source:
         head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         return torch_file.open_torch(path)
-    if len(head) > 8 and head[8:9] in b"{ " and int.from_bytes(head[:8], "little") > 0:
+    if head[8:9] in (b"{", b" ") and int.from_bytes(head[:8], "little") <= safetensors_file.HEADER_BOUND:
         return safetensors_file.open_safetensors(path)
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if LEGACY_MAGIC in head[:32]:
         return legacy_file.open_legacy(path)
-    raise CheckpointError(f"{path}: {_what_it_is(head, path)}")
+    raise CheckpointError(f"{path}: {_what_it_is(head)}")
 
 
-def _what_it_is(head: bytes, path: Path) -> str:
+def _what_it_is(head: bytes) -> str:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for magic, what in WHAT_IT_IS:
-        if head.startswith(magic):
+        if text.startswith(magic):
             return what
-    size = path.stat().st_size
-    if size < 16:
-        return f"only {size} bytes; the download failed, get the file again"
+    if len(head) < 16:
+        return f"only {len(head)} bytes; the download failed, get the file again"
     if head[257:262] == b"ustar":
-        return "a tar archive (torch before 1.0 wrote such); load and save it again with torch"
-    if head.lstrip()[:1] == b"<":
-        return "a web page, not a checkpoint; the download failed, get the file again"
+        return "a tar archive (torch 0.1 wrote such); load and save it again with torch"
+    if head[0] == 0x80 and head[1] in (2, 3, 4, 5):
+        return "a bare pickle, which torch.save does not write; refused, nothing was run"
+    if head[8:9] == b"{":
+        return f"a header of {int.from_bytes(head[:8], 'little')} bytes, which no .safetensors file has; get it again"
     if not any(head):
         return "filled with zeros; the download failed, get the file again"
     return "not a checkpoint that is known; expected a .ckpt or .safetensors file"
 
 
-def read_at(descriptor: int, path: Path, begin: int, size: int) -> np.ndarray:
-    """`size` bytes of an open file from `begin`, in a new array u8[size]."""
+def read_at(file: FileIO, begin: int, size: int) -> np.ndarray:
+    """`size` bytes of an open file from `begin`, in a new array u8[size]. Raises CheckpointError if it ends before."""
     buffer = np.empty(size, np.uint8)
     view = buffer.data
     done = 0
     while done < size:
-        count = os.preadv(descriptor, [view[done:]], begin + done)
+        count = os.preadv(file.fileno(), [view[done:]], begin + done)
         if count == 0:
-            raise CheckpointError(f"{path}: ends before byte {begin + size}; the file is cut off, get it again")
+            raise CheckpointError(f"{file.name}: ends before byte {begin + size}; the file is cut off, get it again")
         done += count
     return buffer
+
+
+def check_name(path: Path, name: str) -> None:
+    """Raises CheckpointError if a name in a file could not be shown in one line."""
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise CheckpointError(f"{path}: an entry is called {name[:60]!a}; refused, no tensor has such a name")
 
 
 def unwrap(
     state: Any, path: Path, is_tensor: Callable[[Any], bool]
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """The tensors in what a pickle held, by dotted name; what else was there, name -> type; and its metadata.
+    """The tensors in what a pickle held, by dotted name; what else was there, name -> type or value; and its metadata.
 
     `state_dict` wrappers, and others of one key, are opened; an empty one inside is left out.
 
     Raises:
-        CheckpointError: no dict, nested too deep, or with too many entries.
+        CheckpointError: no dict, nested too deep, with too many entries or odd names.
     """
     metadata: dict[str, str] = {}
-    for _ in range(MAX_DEPTH):
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: holds {type(state).__name__} where a dict of tensors was expected")
-        if type(state.get("global_step")) is int:
-            metadata["global_step"] = str(state["global_step"])
-        inner = state.get("state_dict")
-        if inner is None and len(state) == 1:
-            inner = next(iter(state.values()))
-        if not isinstance(inner, dict) or not inner:
-            break
-        state = inner
     tensors: dict[str, Any] = {}
     skipped: dict[str, str] = {}
+    visited = 0
+
+    def skip(name: str, value: Any) -> None:
+        check_name(path, name)
+        skipped[name] = "tensor" if is_tensor(value) else describe(value)
 
     def flatten(entries: dict[Any, Any], prefix: str, depth: int) -> None:
+        nonlocal visited
         for key, value in entries.items():
-            name = prefix + str(key)
+            visited += 1
+            if visited > MAX_TENSORS:
+                raise CheckpointError(f"{path}: more than {MAX_TENSORS} entries; this is no checkpoint")
+            name = prefix + _key_text(key)
             if isinstance(value, dict) and value:
                 if depth == MAX_DEPTH:
                     raise CheckpointError(f"{path}: dicts nested more than {MAX_DEPTH} deep; this is no checkpoint")
                 flatten(value, name + ".", depth + 1)
             elif not is_tensor(value):
-                skipped[name] = type(value).__name__
+                skip(name, value)
             elif name in tensors:
-                raise CheckpointError(f"{path}: two tensors are called {name}")
+                raise CheckpointError(f"{path}: two tensors are called {name[:60]!a}")
             else:
+                check_name(path, name)
                 tensors[name] = value
-            if len(tensors) + len(skipped) > MAX_TENSORS:
-                raise CheckpointError(f"{path}: more than {MAX_TENSORS} entries; this is no checkpoint")
 
+    for _ in range(MAX_DEPTH):
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: holds {describe(state)} where a dict of tensors was expected")
+        step = state.get("global_step")
+        if type(step) is int and abs(step) < 2**63:
+            metadata["global_step"] = str(step)
+        inner = state.get("state_dict")
+        if inner is None and len(state) == 1:
+            inner = next(iter(state.values()))
+        if not isinstance(inner, dict) or not inner:
+            break
+        for key, value in state.items():
+            if value is not inner:
+                skip(_key_text(key), value)
+        state = inner
     flatten(state, "", 1)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
     return tensors, skipped, metadata
+
+
+def _key_text(key: Any) -> str:
+    return key if isinstance(key, str) else describe(key)

@@ -130,7 +130,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if type(None) in args:
         return None if value is None else _parse(args[0], value, where)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{where} must be {kind.__name__}, found {type(value).__name__}")
@@ -171,9 +171,12 @@ def check(config: ModelConfig) -> None:
     need(unet.in_channels >= unet.out_channels, "unet.in_channels is smaller than unet.out_channels")
     need(
         len(unet.channels) == len(unet.attention) == len(unet.heads),
-        "unet levels disagree in number",
+        "unet.channels, unet.attention and unet.heads differ in length",
     )
-    need(0 < len(vae.channels) <= 8 and 0 < len(unet.channels) <= 8, "models have 1 to 8 levels")
+    need(
+        0 < len(vae.channels) <= 8 and 0 < len(unet.channels) <= 8,
+        "vae.channels and unet.channels must have 1 to 8 entries",
+    )
     for channels, heads in zip(unet.channels, unet.heads, strict=True):
         need(channels % heads == 0, f"unet: {channels} channels cannot be split into {heads} heads")
     for part, groups in ((unet, unet.groups), (vae, vae.groups)):
@@ -188,7 +191,10 @@ def check(config: ModelConfig) -> None:
         "schedule betas must satisfy 0 < start < end < 1",
     )
     need(1 < schedule.steps <= 100_000, f"schedule.steps {schedule.steps} must lie in (1, 100000]")
-    need(config.image_size % vae.downscale == 0, f"image_size must be a multiple of {vae.downscale}")
+    need(
+        config.image_size > 0 and config.image_size % vae.downscale == 0,
+        f"image_size {config.image_size} must be a positive multiple of {vae.downscale}",
+    )
 
 
 SD15 = ModelConfig(name="sd15")

@@ -1,12 +1,15 @@
-"""Builders of small checkpoint files in the layouts that people have: what the tests read."""
+"""Builders of small checkpoint files in the layouts that people have, and how tests read them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import struct
 import sys
+import tracemalloc
 import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,14 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
+from convert.source import DTYPES, CheckpointError, open_source
+
+MB = 2**20
 LIGHTNING_MODULE = "pytorch_lightning.callbacks.model_checkpoint"
 SAFETENSORS_NAMES = {
     np.dtype(dtype): name
@@ -136,3 +145,87 @@ def write_torch_zip(
         for key, data in (storages or {}).items():
             archive.writestr(f"{folder}/data/{key}", data)
         archive.writestr(f"{folder}/version", "3\n")
+
+
+def pickled(value: str | int | Sequence[int | str]) -> bytes:
+    """The opcodes that push a text, a whole number, or a tuple of these."""
+    if isinstance(value, str):
+        text = value.encode()
+        return b"X" + struct.pack("<I", len(text)) + text
+    if isinstance(value, int):
+        return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
+    return b"(" + b"".join(map(pickled, value)) + b"t"
+
+
+def tensor_pickle(
+    *,
+    name: str = "w",
+    size: Sequence[int | str] = (3,),
+    stride: Sequence[int | str] = (1,),
+    offset: int | str = 0,
+    numel: int | str = 3,
+    storage: bytes = b"ctorch\nFloatStorage\n",
+) -> bytes:
+    """A hand-made pickle of {name: tensor} over the storage "0"; without arguments a right one."""
+    place = b"(" + pickled("storage") + storage + pickled("0") + pickled("cpu") + pickled(numel) + b"tQ"
+    arguments = b"(" + place + pickled(offset) + pickled(size) + pickled(stride) + b"\x89}t"
+    return b"\x80\x02}" + pickled(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """The most bytes that a call holds at one time, beyond what was held before it."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file by name, each as its description says."""
+    with open_source(path) as source:
+        arrays = {name: source.read(name) for name in source.tensors}
+        for name, (dtype, shape) in source.tensors.items():
+            assert (arrays[name].dtype, arrays[name].shape) == (DTYPES[dtype], shape)
+    return arrays
+
+
+def refusal(path: Path, memory: int = 8 * MB) -> str:
+    """The one line that opening and reading `path` ends in, with less than `memory` bytes held meanwhile."""
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError) as caught:
+            read_all(path)
+        lines.append(str(caught.value))
+
+    lines: list[str] = []
+    assert peak_memory(refused) < memory
+    assert lines[0].startswith(f"{path}: ")
+    assert lines[0].isprintable()
+    assert len(lines[0]) < 600
+    return lines[0]
+
+
+FUZZ = settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+CHANGES = st.lists(st.tuples(st.integers(0, 2**30), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+def damage(data: bytes, changes: Sequence[tuple[int, int]]) -> bytes:
+    """The data with some bytes replaced: (where, by what)."""
+    damaged = bytearray(data)
+    for at, value in changes:
+        damaged[at % len(damaged)] = value
+    return bytes(damaged)
+
+
+def survive(path: Path) -> None:
+    """Fails if reading a file ends in anything but sound arrays or a refusal."""
+    with contextlib.suppress(CheckpointError):
+        read_all(path)

@@ -34,6 +34,31 @@ def test_the_network_sees_the_variance_preserving_view():
     np.testing.assert_allclose(seen[0], X0 * np.sqrt(5), rtol=1e-6)
 
 
+@pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6, 4096.0])
+def test_epsilon_and_v_are_two_names_of_one_belief(sigma):
+    """Whatever eps a network believes in, the v of that belief (Salimans & Ho 2022, eq. 10) denoises to the same."""
+    level = Level(jnp.float32(sigma), None)
+    signal, noise = 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
+
+    def as_v(x, level):
+        x0_hat = (x - noise * EPS) / signal  # x is variance preserving here
+        return signal * EPS - noise * x0_hat
+
+    x = X0 + sigma * NEGATIVE
+    expected = to_denoiser(lambda x, level: EPS, "epsilon")(x, level)
+    np.testing.assert_allclose(to_denoiser(as_v, "v")(x, level), expected, atol=3e-6 * (1 + sigma))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_state_stays_float32_whatever_the_network_computes_in(prediction):
+    level = Level(jnp.float32(1.0), None)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        found = to_denoiser(lambda x, level, dtype=dtype: EPS.astype(dtype), prediction)(X0, level)
+        assert found.dtype == jnp.float32
+        both = guided(lambda x, level, dtype=dtype: pair(x, level).astype(dtype), 3.0, 0.5, EVERYWHERE)(X0, level)
+        assert both.dtype == jnp.float32
+
+
 def test_levels_may_differ_from_picture_to_picture():
     sigma = jnp.array([0.5, 3.0])
     both = to_denoiser(lambda x, level: EPS, "epsilon")(X0, Level(sigma, None))
@@ -62,6 +87,21 @@ def test_full_rescale_has_the_spread_of_the_conditional_model():
     plain = guided(pair, jnp.float32(7.5), jnp.float32(0), EVERYWHERE)(X0, level)
     ratio = found / plain
     np.testing.assert_allclose(ratio, jnp.broadcast_to(ratio[:, :1, :1, :1], ratio.shape), rtol=1e-4)
+
+
+def test_rescale_is_the_formula_of_lin_et_al():
+    """Equations 14 to 16: the standard deviation of each picture over all of its pixels and channels."""
+    level = Level(jnp.float32(1.0), None)
+    found = guided(pair, jnp.float32(7.5), jnp.float32(0.7), EVERYWHERE)(X0, level)
+    plain = np.asarray(NEGATIVE + 7.5 * (EPS - NEGATIVE))
+    for i in range(2):
+        rescaled = plain[i] * np.std(EPS[i]) / np.std(plain[i])
+        np.testing.assert_allclose(found[i], 0.7 * rescaled + 0.3 * plain[i], rtol=1e-4, atol=1e-5)
+
+
+def test_rescale_at_guidance_one_changes_nothing():
+    found = guided(pair, jnp.float32(1), jnp.float32(1), EVERYWHERE)(X0, Level(jnp.float32(1.0), None))
+    np.testing.assert_allclose(found, EPS, atol=1e-5)
 
 
 def test_outside_the_interval_guidance_is_one():

@@ -14,7 +14,7 @@ in Lu et al. 2022 ("DPM-Solver++"); sigma' is the next level.
     plms          4      1, one more in all   no     Liu et al. 2022, algorithm 2 ("PNDM")
     dpmpp_2m      2      1                    no     Lu et al. 2022, algorithm 2
     dpmpp_2m_sde  2      1                    yes    Lu et al. 2022, section 5 (midpoint form)
-    unipc         2      1                    no     Zhao et al. 2023, B(h) = e^h - 1, predictor and corrector
+    unipc         3      1                    no     Zhao et al. 2023, B(h) = e^h - 1, predictor and corrector
     lcm           1      1                    yes    Luo et al. 2023, algorithm 3 (for distilled models)
     heun          2      2                    no     Karras et al. 2022, algorithm 1
     dpm2          2      2                    no     Karras et al. 2022, eq. 3 with the geometric midpoint

@@ -55,7 +55,8 @@ class NoiseSchedule(NamedTuple):
             sigma = np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
         else:
             if spacing == "leading":
-                t = np.arange(steps)[::-1] * (total // steps) + (steps < total)  # T steps leave no room for a shift
+                shift = 1.0 if steps < total else 0.0  # T steps leave no room for it
+                t = np.arange(steps)[::-1] * (total // steps) + shift
             elif spacing == "linspace":
                 t = (total - 1) * (1 - ramp)
             elif spacing == "trailing":

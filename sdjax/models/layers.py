@@ -11,9 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -28,7 +26,12 @@ SCORE_BOUND = 2**26
 CPU_QUERY_ROWS = 1024
 """Rows of queries per product on a CPU, where one head at a time stays in the cache."""
 
-_attention_kind: ContextVar[str | None] = ContextVar("attention", default=None)
+use_attention = jax.make_user_context(None)
+"""`with use_attention(kind):` inside, programs use one implementation of `attention`: "cudnn", "chunked" or "per_head".
+
+The default follows the machine; this is for compiling ahead of time for another one, and for measurements. jit knows
+of it: another kind is another program.
+"""
 
 
 def gelu(x: Array) -> Array:
@@ -168,20 +171,6 @@ class Upsample(nn.Module):
         return self.conv(x if size is None else x[:, : size[0], : size[1]])
 
 
-@contextmanager
-def use_attention(kind: str) -> Iterator[None]:
-    """Traces inside use one implementation of `attention`: "cudnn", "chunked" or "per_head".
-
-    The default follows the machine; this is for compiling ahead of time for another one, and for
-    measurements.
-    """
-    token = _attention_kind.set(kind)
-    try:
-        yield
-    finally:
-        _attention_kind.reset(token)
-
-
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(d)) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1).
 
@@ -189,7 +178,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     scores. On NVIDIA GPUs in 16 bit the fused cuDNN kernel is used where it takes the head size; on
     CPUs one head at a time.
     """
-    kind = _attention_kind.get()
+    kind = use_attention.value
     if kind is None:
         kind = {"cpu": "per_head", "gpu": "cudnn"}.get(jax.default_backend(), "chunked")
     small = q.shape[1] * k.shape[1] <= 128 * 128
@@ -235,6 +224,7 @@ def _per_head_attention(q: Array, k: Array, v: Array) -> Array:
     """
     b, length, n, d = q.shape
     scale = d**-0.5
+    rows_at_once = max(1, min(CPU_QUERY_ROWS, SCORE_BOUND // k.shape[1]))
 
     def heads_first(x: Array) -> Array:
         return x.swapaxes(1, 2).reshape(b * n, x.shape[1], d)
@@ -248,9 +238,9 @@ def _per_head_attention(q: Array, k: Array, v: Array) -> Array:
             mixed = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
-        if length <= CPU_QUERY_ROWS:
+        if length <= rows_at_once:
             return some_rows(q)
-        return lax.map(some_rows, _split_queries(q, CPU_QUERY_ROWS)).reshape(-1, d)[:length]
+        return lax.map(some_rows, _split_queries(q, rows_at_once)).reshape(-1, d)[:length]
 
     out = lax.map(one_head, (heads_first(q), heads_first(k), heads_first(v)))
     return out.reshape(b, n, length, d).swapaxes(1, 2)

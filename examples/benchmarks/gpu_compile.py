@@ -1,0 +1,144 @@
+"""Compiles the full-size guided sampling loop for an H200 on a machine without a GPU, and looks at what is left in it.
+
+    pip install . jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm    (the plugins in jax's own version)
+    JAX_PLATFORMS=cpu python examples/benchmarks/gpu_compile.py [--batch 1 8 32]
+
+The program is `generate_latents`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, one scan over the steps. XLA's
+own GPU compiler optimises it for the device described in h200_target.txtpb. Printed are compile time and the bytes of
+arguments and temporaries; the exit status is 1 if the optimised program still has
+
+- a full score matrix: an array with all queries and all keys of one attention, above 128 x 128;
+- a convolution that reads or writes anything but bfloat16;
+- a text or time projection: a weight of those layers among the parameters of the program.
+
+What this does not show: speed (kernels are not tuned without the device), that cuDNN accepts the fused attention
+kernels, and their workspace (they count as 0 bytes). JAX asks the device at hand whether fused attention is possible;
+here the target answers instead, for tracing only.
+"""
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax._src.cudnn.fused_attention_stablehlo as fused_attention
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from sdjax.config import SD15
+from sdjax.diffusion.sample import image_keys
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.schedule import noise_schedule
+from sdjax.models.layers import use_attention
+from sdjax.models.params import abstract_params
+from sdjax.pipeline import Inputs, generate_latents, text_kv, time_tables
+
+TARGET = Path(__file__).with_name("h200_target.txtpb")
+COMPUTE_CAPABILITY = 9.0  # as in TARGET
+CUDNN_VERSION = 91000
+STEPS = 4
+SMALL_SCORES = 128 * 128
+
+
+def answer_for_target() -> None:
+    """Makes JAX's private checks for fused attention see the target rather than this machine's CPU."""
+    fused_attention.check_cudnn_version = lambda: CUDNN_VERSION
+    fused_attention.check_compute_capability = lambda least: float(least) <= COMPUTE_CAPABILITY
+    fused_attention.is_cuda_compute_capability_equal = lambda asked: float(asked) == COMPUTE_CAPABILITY
+
+
+def compile_loop(batch: int) -> Any:
+    """`generate_latents` for `batch` pictures, compiled for the target."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
+    device = SingleDeviceSharding(topology.devices[0])
+
+    def on_target(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+
+    unet = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract_params(SD15)["unet"])
+    sampler, schedule = SAMPLERS["ddim"], noise_schedule(SD15.schedule)
+    rows = jax.tree.map(np.float32, sampler.rows(schedule, schedule.levels(STEPS)))
+    rows = jax.eval_shape(lambda unet: time_tables(unet, rows, config=SD15), unet)
+    context = jax.ShapeDtypeStruct((2 * batch, SD15.clip.length, SD15.unet.context_width), jnp.bfloat16)
+    kv = jax.eval_shape(lambda unet, context: text_kv(unet, context, config=SD15), unet, context)
+    side = SD15.image_size // SD15.vae.downscale
+    x = jax.ShapeDtypeStruct((batch, side, side, SD15.vae.latent_channels), jnp.float32)
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+    inputs = Inputs(unet, kv, one, one, (one, one), None, None, None)
+    keys = jax.eval_shape(lambda: image_keys(range(batch)))
+    with use_attention("cudnn"):
+        lowered = generate_latents.lower(
+            *on_target((inputs, rows, x, keys)), config=SD15, method=sampler.method, is_guided=True
+        )
+    return lowered.compile()
+
+
+def score_matrices(hlo: str) -> list[str]:
+    """Array types that hold a score for every query and key of one attention."""
+    side = SD15.image_size // SD15.vae.downscale
+    queries = [(side >> i) ** 2 for i in range(len(SD15.unet.channels))]
+    found = set()
+    for dtype, dims in set(re.findall(r"\b(f32|bf16)\[([\d,]+)\]", hlo)):
+        sizes = [int(size) for size in dims.split(",")]
+        for q in queries:
+            for k in (q, SD15.clip.length):
+                if q * k > SMALL_SCORES and all(sizes.count(n) >= (q, k).count(n) for n in (q, k)):
+                    found.add(f"{dtype}[{dims}]")
+    return sorted(found)
+
+
+def convolutions(hlo: str) -> list[set[str]]:
+    """The element types that each convolution reads and writes."""
+    types = {name: kinds for name, kinds in re.findall(r"^\s*(?:ROOT )?(%\S+) = (.*?) [\w-]+\(", hlo, re.MULTILINE)}
+    calls = re.findall(r"^\s*(?:ROOT )?(%\S+) = .*? (?:convolution|custom-call)\((.*?)\), (.*)$", hlo, re.MULTILINE)
+    found = []
+    for name, operands, rest in calls:
+        if "dim_labels=" in rest:
+            arrays = types[name] + "".join(types[operand] for operand in re.findall(r"%[\w.-]+", operands))
+            found.append(set(re.findall(r"\b([a-z]+\d+)\[", arrays)) - {"u8"})  # u8: cuDNN's workspace
+    return found
+
+
+def projections(hlo: str) -> list[str]:
+    """Parameters of the program with the shape of a text projection's weight or of the time embedding's first one."""
+    width, channels = SD15.unet.context_width, SD15.unet.channels
+    weights = {f"{width},{features}" for features in channels} | {f"{channels[0]},{4 * channels[0]}"}
+    entry = hlo[hlo.index("\nENTRY ") :]
+    found = re.findall(r" = \w+\[([\d,]+)\]\S* parameter\(", entry)
+    return sorted(weights & set(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="pictures")
+    options = parser.parse_args()
+    answer_for_target()
+    print(f"jax {jax.__version__}, NVIDIA H200 (described, not present), {SD15.name}")
+    print("pictures  compile s  arguments, bytes  temporaries, bytes  convolutions  fused attentions")
+    bad: list[str] = []
+    for batch in options.batch:
+        start = time.perf_counter()
+        compiled = compile_loop(batch)
+        elapsed = time.perf_counter() - start
+        memory, hlo = compiled.memory_analysis(), compiled.as_text()
+        kinds = convolutions(hlo)
+        faults = [f"score matrix {array}" for array in score_matrices(hlo)]
+        faults += [f"convolution in {' and '.join(sorted(kind))}" for kind in kinds if kind != {"bf16"}]
+        faults += [f"projection with a weight [{shape}]" for shape in projections(hlo)]
+        bad += [f"{batch} pictures: {fault}" for fault in faults]
+        fused = hlo.count('custom_call_target="__cudnn$fmhaSoftmax"')
+        print(
+            f"{batch:8}  {elapsed:9.1f}  {memory.argument_size_in_bytes:16,}  {memory.temp_size_in_bytes:18,}  "
+            f"{len(kinds):12}  {fused:16}",
+            flush=True,
+        )
+    print("\n".join(bad) or "no full score matrix, no convolution outside bfloat16, no text or time projection left")
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The layers against PyTorch's functions, attention against a plain softmax in float64, and what programs hold."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sdjax.models import layers
+from sdjax.models.layers import (
+    ACTIVATIONS,
+    SCORE_BOUND,
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    ResBlock,
+    Upsample,
+    attention,
+    tile_rows,
+    use_attention,
+)
+
+HALVES = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # the relative error of rounding once
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def apply(module, params, *inputs):
+    return np.asarray(module.apply({"params": params}, *inputs))
+
+
+def random_tree(module, *inputs):
+    """Parameters for a module, every leaf normal."""
+    tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [0.3 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+def nchw(x):
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def nhwc(x):
+    return np.moveaxis(x.numpy(), 1, -1)
+
+
+def torch_conv(x, params, stride=1, padding=1):
+    weight = torch.from_numpy(params["kernel"].transpose(3, 2, 0, 1).copy())
+    return F.conv2d(x, weight, torch.from_numpy(params["bias"]), stride, padding)
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr and of all those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: isinstance(v, jax.extend.core.ClosedJaxpr)):
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                yield from equations(value.jaxpr)
+
+
+def largest(function, *inputs):
+    """The number of elements of the largest array that a function works out; nothing is computed to know it."""
+    traced = jax.make_jaxpr(function)(*inputs)
+    return max(variable.aval.size for equation in equations(traced.jaxpr) for variable in equation.outvars)
+
+
+# Attention
+
+
+def plain_attention(q, k, v, causal=False):
+    """Vaswani et al. 2017, eq. 1, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("blnd,bmnd->bnlm", q, k) / np.sqrt(q.shape[-1])
+    if causal:
+        scores[..., np.triu_indices(q.shape[1], 1)[0], np.triu_indices(q.shape[1], 1)[1]] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bnlm,bmnd->blnd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def qkv(queries, keys, heads=2, width=8, batch=2, dtype="float32"):
+    shapes = [(batch, queries, heads, width), (batch, keys, heads, width), (batch, keys, heads, width)]
+    return [jnp.asarray(4 * normal(i, *shape), dtype) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("kind", ["chunked", "per_head"])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(7, 5), (300, 77), (300, 300), (257, 129)], ids=lambda length: str(length)
+)
+def test_every_kind_of_attention_is_a_plain_softmax(kind, queries, keys, monkeypatch):
+    monkeypatch.setattr(layers, "SCORE_BOUND", 4 * keys * 64)  # chunks of 64 queries, the last one not full
+    monkeypatch.setattr(layers, "CPU_QUERY_ROWS", 64)
+    q, k, v = qkv(queries, keys)
+    with use_attention(kind):
+        found = attention(q, k, v)
+    np.testing.assert_allclose(found, plain_attention(q, k, v), rtol=1e-5, atol=2e-5)
+
+
+def test_kinds_without_chunks_agree_too():
+    q, k, v = qkv(200, 130)
+    for kind in ("chunked", "per_head"):
+        with use_attention(kind):
+            np.testing.assert_allclose(attention(q, k, v), plain_attention(q, k, v), rtol=1e-5, atol=2e-5)
+
+
+def test_causal_attention_sees_no_later_token():
+    q, k, v = qkv(77, 77)
+    np.testing.assert_allclose(attention(q, k, v, causal=True), plain_attention(q, k, v, causal=True), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["chunked", "per_head"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_softmax_is_in_float32_whatever_the_dtype(kind, dtype):
+    """Half precision may round the weights and the result, one unit each, but not the scores, which reach 100."""
+    q, k, v = qkv(200, 200, dtype=dtype)
+    q = q * 4
+    with use_attention(kind):
+        found = attention(q, k, v)
+    assert found.dtype == dtype
+    expected = plain_attention(q, k, v)
+    assert np.abs(np.asarray(found, np.float64) - expected).max() < 3 * HALVES[dtype] * np.abs(v).max()
+
+
+@pytest.mark.parametrize("kind", ["chunked", "per_head"])
+def test_huge_scores_do_not_overflow(kind):
+    q, k, v = qkv(200, 200)
+    with use_attention(kind):
+        assert np.isfinite(attention(1000 * q, 1000 * k, v)).all()
+
+
+@pytest.mark.parametrize("kind", ["chunked", "per_head"])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width"),
+    [(2, 64 * 64, 8, 40), (16, 64 * 64, 8, 40), (2, 128 * 128, 5, 64), (1, 512 * 512, 1, 16)],
+    ids=["512 px", "512 px, 8 guided", "1024 px", "autoencoder, 4096 px"],
+)
+def test_no_score_matrix_is_larger_than_the_bound(kind, batch, length, heads, width):
+    x = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.float32)
+    with use_attention(kind):
+        assert largest(lambda q, k, v: attention(q, k, v), x, x, x) <= SCORE_BOUND
+    assert batch * heads * length**2 > SCORE_BOUND
+
+
+def test_a_compiled_program_follows_the_kind_of_attention():
+    traces = []
+
+    @jax.jit
+    def program(q, k, v):
+        traces.append(largest(lambda q, k, v: attention(q, k, v), q, k, v))
+        return attention(q, k, v)
+
+    inputs = qkv(200, 200)
+    usual = program(*inputs)
+    with use_attention("chunked"):
+        np.testing.assert_allclose(program(*inputs), usual, atol=2e-5)
+    np.testing.assert_array_equal(program(*inputs), usual)
+    assert traces == [200 * 200, 4 * 200 * 200]  # one head at a time on a CPU, then all four at once
+
+
+# Norms
+
+
+def test_layer_norm_is_pytorchs():
+    x, scale, bias = 5 + 3 * normal(0, 2, 7, 48), normal(1, 48), normal(2, 48)
+    found = apply(LayerNorm(), dict(scale=scale, bias=bias), x)
+    expected = F.layer_norm(torch.from_numpy(x), (48,), torch.from_numpy(scale), torch.from_numpy(bias), 1e-5)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-2])
+def test_group_norm_is_pytorchs(epsilon):
+    x, scale, bias = 5 + 3 * normal(0, 2, 5, 3, 48), normal(1, 48), normal(2, 48)
+    found = apply(GroupNorm(8, epsilon), dict(scale=scale, bias=bias), x)
+    expected = F.group_norm(nchw(x), 8, torch.from_numpy(scale), torch.from_numpy(bias), epsilon)
+    np.testing.assert_allclose(found, nhwc(expected), atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm(), GroupNorm(4, 1e-5)], ids=["layer", "group"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_norms_compute_in_float32_and_round_once(norm, dtype):
+    """Values whose squares float16 cannot hold, around a mean that costs half precision most of its digits."""
+    x = jnp.asarray(2000 + 300 * normal(0, 2, 6, 6, 32), dtype)
+    params = {name: jnp.asarray(1 + 0.1 * normal(i, 32), dtype) for i, name in enumerate(("scale", "bias"))}
+    found = norm.apply({"params": params}, x)
+    assert found.dtype == dtype
+    wide, scale, bias = (np.asarray(value, np.float64) for value in (x, params["scale"], params["bias"]))
+    groups = wide if isinstance(norm, LayerNorm) else wide.reshape(2, 36, 4, 8)
+    axes = (-1,) if isinstance(norm, LayerNorm) else (1, 3)
+    normed = (groups - groups.mean(axes, keepdims=True)) / np.sqrt(groups.var(axes, keepdims=True) + 1e-5)
+    expected = normed.reshape(x.shape) * scale + bias
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * HALVES[dtype], atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm(), GroupNorm(4, 1e-5)], ids=["layer", "group"])
+def test_a_large_mean_costs_the_variance_nothing(norm):
+    """Two passes: the mean of the squares less the square of the mean would leave no digit here."""
+    x = 10_000 + normal(0, 1, 6, 6, 32)
+    params = dict(scale=np.ones(32, np.float32), bias=np.zeros(32, np.float32))
+    np.testing.assert_allclose(apply(norm, params, x), apply(norm, params, x - 10_000), atol=5e-3)
+
+
+# Linear maps, convolutions, activations
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_of_the_parameters_is_the_dtype_of_the_computation(dtype):
+    x = normal(0, 1, 4, 4, 8)
+    for module in (Dense(6), Conv(6), GroupNorm(4, 1e-5), LayerNorm()):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), random_tree(module, x))
+        cast = x if isinstance(module, Dense | Conv) else x.astype(dtype)  # norms hand back what they were given
+        assert module.apply({"params": params}, cast).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, (1, 1)), (3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0))], ids=str
+)
+def test_convolutions_are_pytorchs(size, stride, padding):
+    x, params = normal(0, 2, 8, 6, 5), dict(kernel=normal(1, size, size, 5, 7), bias=normal(2, 7))
+    expected = torch_conv(F.pad(nchw(x), 2 * padding), params, stride, padding=0)
+    np.testing.assert_allclose(apply(Conv(7, size, stride, padding), params, x), nhwc(expected), atol=1e-4)
+
+
+def test_linear_maps_are_x_times_kernel():
+    x, kernel, bias = normal(0, 2, 3, 5), normal(1, 5, 7), normal(2, 7)
+    np.testing.assert_allclose(apply(Dense(7), dict(kernel=kernel, bias=bias), x), x @ kernel + bias, rtol=2e-5)
+    np.testing.assert_allclose(apply(Dense(7, bias=False), dict(kernel=kernel), x), x @ kernel, rtol=2e-5)
+
+
+@pytest.mark.parametrize("size", [None, (8, 6), (7, 5)])
+def test_upsampling_is_nearest_neighbour_cropped(size):
+    x, params = normal(0, 2, 4, 3, 5), dict(kernel=normal(1, 3, 3, 5, 5), bias=normal(2, 5))
+    expected = torch_conv(F.interpolate(nchw(x), size=size or (8, 6), mode="nearest"), params)
+    np.testing.assert_allclose(apply(Upsample(5), dict(conv=params), x, size), nhwc(expected), atol=1e-4)
+
+
+def test_activations_are_pytorchs():
+    x = np.linspace(-8, 8, 1001, dtype=np.float32)
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](x), F.gelu(torch.from_numpy(x)), atol=1e-6)
+    np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](x), x / (1 + np.exp(-1.702 * x)), atol=1e-6)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_residual_blocks_are_two_convolutions_of_pytorchs_around_a_residual(skip):
+    x, shift, embedding = normal(0, 2, 4, 4, 8), normal(1, 2, 12 if skip else 8), normal(2, 2, 5)
+    block = ResBlock(12 if skip else 8, 4, 1e-5, skip=skip, time=True)
+    params = random_tree(block, x)
+    projection = dict(kernel=normal(3, 5, shift.shape[1]), bias=normal(4, shift.shape[1]))
+    found = block.apply({"params": {"time_proj": projection}}, embedding, method="time_shift")
+    silu = embedding / (1 + np.exp(-embedding))
+    np.testing.assert_allclose(found, silu @ projection["kernel"] + projection["bias"], atol=1e-5)
+
+    def half(y, i):
+        norm = [torch.from_numpy(params[f"norm{i}"][name]) for name in ("scale", "bias")]
+        return torch_conv(F.silu(F.group_norm(y, 4, *norm, 1e-5)), params[f"conv{i}"])
+
+    y = half(half(nchw(x), 1) + torch.from_numpy(shift)[:, :, None, None], 2)
+    residual = torch_conv(nchw(x), params["conv_skip"], padding=0) if skip else nchw(x)
+    np.testing.assert_allclose(apply(block, params, x, shift), nhwc(y + residual), atol=1e-4)
+
+
+def test_time_shifts_may_be_common_to_all_images_or_differ():
+    x, shifts = normal(0, 4, 4, 4, 8), normal(1, 2, 8)
+    block = ResBlock(8, 4, 1e-5, skip=False, time=True)
+    params = random_tree(block, x)
+    common, other = apply(block, params, x, shifts[0]), apply(block, params, x, shifts[1])
+    np.testing.assert_array_equal(common, apply(block, params, x, shifts[:1]))
+    tiled = apply(block, params, x, shifts)  # rows 0, 1, 0, 1
+    np.testing.assert_allclose(tiled, np.stack([common[0], other[1], common[2], other[3]]), atol=1e-5)
+    assert np.abs(common - other).max() > 0.1
+
+
+def test_rows_are_repeated_as_a_whole():
+    x = jnp.arange(4).reshape(2, 2)
+    np.testing.assert_array_equal(tile_rows(x, 6), [[0, 1], [2, 3]] * 3)
+    assert tile_rows(x, 2) is x
