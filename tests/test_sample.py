@@ -1,5 +1,7 @@
 """The drivers: what a result may depend on, what compiles, and that streaming is scanning, for every sampler."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -67,7 +67,7 @@ def compile_loop(batch: int) -> Any:
     kv = jax.eval_shape(lambda unet, context: text_kv(unet, context, config=SD15), unet, context)
     side = SD15.image_size // SD15.vae.downscale
     x = jax.ShapeDtypeStruct((batch, side, side, SD15.vae.latent_channels), jnp.float32)
-    one = jax.ShapeDtypeStruct((), jnp.float32)
+    one: Any = jax.ShapeDtypeStruct((), jnp.float32)
     inputs = Inputs(unet, kv, one, one, (one, one), None, None, None)
     keys = jax.eval_shape(lambda: image_keys(range(batch)))
     with use_attention("cudnn"):
@@ -93,7 +93,7 @@ def score_matrices(hlo: str) -> list[str]:
 
 def convolutions(hlo: str) -> list[set[str]]:
     """The element types that each convolution reads and writes."""
-    types = {name: kinds for name, kinds in re.findall(r"^\s*(?:ROOT )?(%\S+) = (.*?) [\w-]+\(", hlo, re.MULTILINE)}
+    types = dict(re.findall(r"^\s*(?:ROOT )?(%\S+) = (.*?) [\w-]+\(", hlo, re.MULTILINE))
     calls = re.findall(r"^\s*(?:ROOT )?(%\S+) = .*? (?:convolution|custom-call)\((.*?)\), (.*)$", hlo, re.MULTILINE)
     found = []
     for name, operands, rest in calls:

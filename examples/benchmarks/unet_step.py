@@ -1,10 +1,18 @@
 """One guided UNet step of Stable Diffusion 1.5 at 512x512, beside diffusers on the same machine in the same run.
 
-    python examples/benchmarks/unet_step.py [--rounds 5] [--steps 4]
+    python examples/benchmarks/unet_step.py [--rounds 5] [--steps 3]
     python examples/benchmarks/unet_step.py --device gpu
 
-Both sides hold the same random weights and see the same two rows (negative and positive prompt); their results are
-compared before the clock starts, their steps take turns, and medians are printed. Needs the test extra.
+Both sides hold the same random weights and see the same noise and the same two rows of text; their results are compared
+before the clock starts, then diffusers' step, ours, and our whole loop (`generate_latents`, a scan of --steps steps)
+take turns, and the medians are printed. Ours gets the text's keys and values and the time embeddings ready made, as in
+the loop. Needs the test extra, 12 GiB of memory, and for the GPU jax[cuda13].
+
+cpu: float32, one picture. Bounds: our step at most 1.3 times diffusers', the loop at most 1.02 times its steps alone.
+gpu: bfloat16, 1, 8 and 32 pictures, diffusers under torch.compile (max-autotune, channels last); also the share of the
+matrix product peak, measured in the same run.
+
+FIGURES
 """
 
 import argparse
@@ -14,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both sides share one device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share the memory of one device
 
 import diffusers
 import jax
@@ -33,10 +41,10 @@ from sdjax.pipeline import Inputs, MakeDenoiser, generate_latents, text_kv, time
 from sdjax.types import Level, Params
 
 GUIDANCE = 7.5
-LATENT = (64, 64, 4)
 STEP_FLOP = 2 * 803.3e9  # of a guided step of one picture: 401.6 G multiply-adds a row, attention included
 
 denoise = jax.jit(lambda make, inputs, x, level: make(inputs)(x, level), static_argnums=0)
+product = jax.jit(jnp.dot)
 
 
 def diffusers_unet(params: Params) -> torch.nn.Module:
@@ -62,83 +70,126 @@ class Ours:
     """A guided step and a whole loop of sdjax; text keys and values and the time embeddings are computed beforehand."""
 
     def __init__(self, params: Params, x: np.ndarray, context: np.ndarray, steps: int) -> None:
-        count = len(x)
-        sampler = SAMPLERS["ddim"]
-        schedule = noise_schedule(SD15.schedule)
+        sampler, schedule = SAMPLERS["ddim"], noise_schedule(SD15.schedule)
         rows = sampler.rows(schedule, schedule.levels(steps))
-        self.rows = time_tables(params, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), rows), config=SD15)
+        self.rows = time_tables(params, jax.tree.map(np.float32, rows), config=SD15)
         self.level: Level = jax.tree.map(lambda leaf: leaf[0, 0], self.rows.levels)
-        self.x = jnp.asarray(x)
-        self.keys = image_keys(range(count))
-        one, zero = jnp.float32(1), jnp.float32(0)
-        kv = text_kv(params, jnp.asarray(context), config=SD15)
-        self.inputs = Inputs(params, kv, GUIDANCE * one, zero, (zero, jnp.inf * one), None, None, None)
-        self.method = sampler.method
+        self.method, self.keys, self.x = sampler.method, image_keys(range(len(x))), jnp.asarray(x)
+        kv = text_kv(params, context, config=SD15)
+        guidance, rescale, interval = jnp.float32(GUIDANCE), jnp.float32(0), (jnp.float32(0), jnp.float32(jnp.inf))
+        self.inputs = Inputs(params, kv, guidance, rescale, interval, None, None, None)
 
     def step(self) -> jax.Array:
         """x0_hat f32[b, h, w, 4]."""
-        return denoise(MakeDenoiser(SD15, guided=True), self.inputs, self.x, self.level).block_until_ready()
+        return denoise(MakeDenoiser(SD15, guided=True), self.inputs, self.x, self.level)
 
     def loop(self) -> jax.Array:
+        """The latents f32[b, h, w, 4] after all steps."""
         return generate_latents(
             self.inputs, self.rows, self.x, self.keys, config=SD15, method=self.method, is_guided=True
-        ).block_until_ready()
+        )
 
 
 class Theirs:
     """The same step with diffusers' network."""
 
-    def __init__(self, unet: Any, ours: Ours, x: np.ndarray, context: np.ndarray, device: str) -> None:
-        dtype = next(unet.parameters()).dtype
-        self.unet, self.device = unet, device
-        self.sigma, self.t = float(ours.level.sigma), float(ours.level.t)
-        self.x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(device)
-        self.context = torch.from_numpy(context).to(device, dtype)
-        self.dtype = dtype
+    def __init__(self, unet: Any, level: Level, x: np.ndarray, context: np.ndarray) -> None:
+        self.unet, self.sigma, self.t = unet, float(level.sigma), torch.tensor(float(level.t), device=unet.device)
+        self.x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(unet.device)
+        self.context = torch.from_numpy(context).to(unet.device, unet.dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> torch.Tensor:
         """x0_hat f32[b, 4, h, w]."""
-        scaled = (self.x / (self.sigma**2 + 1) ** 0.5).to(self.dtype)
-        output = self.unet(torch.cat([scaled, scaled]), self.t, encoder_hidden_states=self.context).sample.float()
+        pair = torch.cat([self.x, self.x]).div((self.sigma**2 + 1) ** 0.5).to(self.unet.dtype)
+        output = self.unet(pair, self.t, encoder_hidden_states=self.context).sample.float()
         negative, positive = output.chunk(2)
-        result = self.x - self.sigma * (negative + GUIDANCE * (positive - negative))
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return result
+        return self.x - self.sigma * (negative + GUIDANCE * (positive - negative))
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def wait(result: Any) -> None:
+    if isinstance(result, jax.Array):
+        result.block_until_ready()
+    elif result.is_cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any], calls: int) -> float:
+    """The time of one of `calls` calls in a row."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        result = run()
+    wait(result)
+    return (time.perf_counter() - start) / calls
+
+
+def matmul_peak() -> float:
+    """FLOP/s of a bfloat16 product of 8192 x 8192 matrices."""
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    wait(product(a, a))
+    return 2 * 8192**3 / min(seconds(lambda: product(a, a), 20) for _ in range(5))
+
+
+def compare(params: Params, unet: Any, batch: int, steps: int, rounds: int, calls: int) -> tuple[float, ...]:
+    """Relative error, then the medians in seconds: diffusers' step, our step, a step of our loop."""
+    rng = np.random.default_rng(0)
+    side = SD15.image_size // SD15.vae.downscale
+    x = 14.6 * rng.standard_normal((batch, side, side, SD15.vae.latent_channels), np.float32)  # about sigma_max
+    context = rng.standard_normal((2 * batch, SD15.clip.length, SD15.unet.context_width), np.float32)
+    ours = Ours(params, x, context, steps)
+    theirs = Theirs(unet, ours.level, x, context)
+    for _ in range(min(calls, 3)):  # compiling; CUDA graphs are recorded in the second and third call
+        wait(ours.loop())
+        found, answer = np.asarray(ours.step()), theirs.step()
+    expected = answer.cpu().numpy().transpose(0, 2, 3, 1)
+    times = [
+        (seconds(theirs.step, calls), seconds(ours.step, calls), seconds(ours.loop, 1) / steps) for _ in range(rounds)
+    ]
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return error, *(statistics.median(column) for column in zip(*times, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="steps of the loop (default: 3 on the cpu, 20 on the gpu)")
     options = parser.parse_args()
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((1, *LATENT), np.float32) * 14.6
-    context = rng.standard_normal((2, 77, 768), np.float32)
-    params = random_params(SD15)["unet"]
-    unet = diffusers_unet(params)
-    ours = Ours(jax.tree.map(jnp.asarray, params), x, context, options.steps)
-    del params
-    theirs = Theirs(unet, ours, x, context, "cpu")
-    start = time.perf_counter()
-    a, b = np.asarray(ours.step()), theirs.step().numpy().transpose(0, 2, 3, 1)
-    print("compile+1", time.perf_counter() - start, flush=True)
-    print("error", np.linalg.norm(a - b) / np.linalg.norm(b), flush=True)
-    ours.loop()
-    print("loop", time.perf_counter() - start, flush=True)
-    times = []
-    for _ in range(options.rounds):
-        times.append((seconds(theirs.step), seconds(ours.step), seconds(ours.loop)))
-        print(times[-1], flush=True)
-    t, o, l = (statistics.median(v) for v in zip(*times))
-    print(f"theirs {t:.2f} ours {o:.2f} ratio {o / t:.3f} loop ratio {l / o / options.steps:.3f}")
+    gpu = options.device == "gpu"
+    if gpu and not torch.cuda.is_available():
+        raise SystemExit("GPU: not measured, PyTorch sees no NVIDIA GPU on this machine")
+    if gpu and jax.default_backend() != "gpu":
+        raise SystemExit("GPU: not measured, JAX sees no GPU; pip install '.[cuda]' and unset JAX_PLATFORMS")
+    if not gpu:
+        jax.config.update("jax_platforms", "cpu")
+    steps, calls = options.steps or (20 if gpu else 3), 20 if gpu else 1
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    flags = os.environ.get("XLA_FLAGS", "none")
+    print(f"{device}; jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
+    print(f"XLA_FLAGS {flags}, load {os.getloadavg()[0]:.1f}", flush=True)
+
+    weights = random_params(SD15)["unet"]
+    unet = diffusers_unet(weights)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16 if gpu else jnp.float32), weights)
+    del weights
+    peak = 0.0
+    if gpu:
+        unet = unet.to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
+        unet.compile(mode="max-autotune", dynamic=False)
+        peak = matmul_peak()
+        print(f"matrix product in bfloat16: {peak / 1e12:.0f} TFLOP/s")
+    print("pictures  diffusers, s  ours, s  ratio  step in our loop, s  to our step  TFLOP/s  relative difference")
+    for batch in (1, 8, 32) if gpu else (1,):
+        error, theirs, ours, loop = compare(params, unet, batch, steps, options.rounds, calls)
+        rate = batch * STEP_FLOP / loop
+        share = f" ({rate / peak:.0%} of the peak)" if gpu else ""
+        print(
+            f"{batch:8}  {theirs:12.4f}  {ours:7.4f}  {ours / theirs:5.2f}  {loop:19.4f}  {loop / ours:11.3f}  "
+            f"{rate / 1e12:7.2f}{share}  {error:.1e}",
+            flush=True,
+        )
+    if not gpu:
+        print("GPU: not measured in this run")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ SCORE_BOUND = 2**26
 CPU_QUERY_ROWS = 1024
 """Rows of queries per product on a CPU, where one head at a time stays in the cache."""
 
+CPU_SMALL_MAP = 16 * 16
+"""Positions up to which a CPU convolves by one matrix product: 1.3 times as fast at 16x16, 2.6 times at 8x8, slower
+from 32x32 up."""
+
 use_attention = jax.make_user_context(None)
 """`with use_attention(kind):` inside, programs use one implementation of `attention`: "cudnn", "chunked" or "per_head".
 
@@ -78,14 +82,26 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = lax.conv_general_dilated(
-            x.astype(kernel.dtype),
+        x = x.astype(kernel.dtype)
+        if self.stride == 1 and x.shape[1] * x.shape[2] <= CPU_SMALL_MAP:
+            return lax.platform_dependent(x, kernel, cpu=self.by_product, default=self.by_convolution) + bias
+        return self.by_convolution(x, kernel) + bias
+
+    def by_convolution(self, x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(
+            x,
             kernel,
             window_strides=(self.stride, self.stride),
             padding=(self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + bias
+
+    def by_product(self, x: Array, kernel: Array) -> Array:
+        """The same with stride 1: every position's neighbourhood in a row, times the kernel as a matrix."""
+        x = jnp.pad(x, ((0, 0), self.padding, self.padding, (0, 0)))
+        h, w = (length - self.size + 1 for length in x.shape[1:3])
+        rows = [x[:, i : i + h, j : j + w] for i in range(self.size) for j in range(self.size)]
+        return jnp.dot(jnp.concatenate(rows, axis=-1), kernel.reshape(-1, self.features))
 
 
 class LayerNorm(nn.Module):
