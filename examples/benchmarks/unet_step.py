@@ -12,7 +12,7 @@ cpu: float32, one picture. Bounds: our step at most 1.3 times diffusers', the lo
 gpu: bfloat16, 1, 8 and 32 pictures, diffusers under torch.compile (max-autotune, channels last); also the share of the
 matrix product peak, measured in the same run.
 
-FIGURES
+No figure yet: on 2026-11-21 the machine at hand was too busy for a run to end. Nothing was measured on a GPU.
 """
 
 import argparse
