@@ -14,6 +14,13 @@ arguments and temporaries; the exit status is 1 if the optimised program still h
 What this does not show: speed (kernels are not tuned without the device), that cuDNN accepts the fused attention
 kernels, and their workspace (they count as 0 bytes). JAX asks the device at hand whether fused attention is possible;
 here the target answers instead, for tracing only.
+
+Compiled 2026-11-21 with jax 0.10.2 for an H200 (none present), nothing of the above left, 66 convolutions and 30 fused
+attentions in each; bytes of temporaries:
+
+    1 picture 1,221,393,728    8 pictures 1,871,460,928    32 pictures 4,100,258,368
+
+1,129,282,560 of them are the convolution kernels in cuDNN's layout, copied once per call, before the scan.
 """
 
 import argparse

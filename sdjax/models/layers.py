@@ -27,8 +27,8 @@ CPU_QUERY_ROWS = 1024
 """Rows of queries per product on a CPU, where one head at a time stays in the cache."""
 
 CPU_SMALL_MAP = 16 * 16
-"""Positions up to which a CPU convolves by one matrix product: 1.3 times as fast at 16x16, 2.6 times at 8x8, slower
-from 32x32 up."""
+"""Positions up to which a CPU convolves by one matrix product: 1.2 times as fast at 16x16, 2.6 times at 8x8,
+slower from 32x32 up."""
 
 use_attention = jax.make_user_context(None)
 """`with use_attention(kind):` inside, programs use one implementation of `attention`: "cudnn", "chunked" or "per_head".
