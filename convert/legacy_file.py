@@ -1,21 +1,25 @@
 """Reading .ckpt files of torch before 1.6, which are no zip archives: through torch, if it is installed.
 
 torch's own restricted loader reads them (`weights_only=True`), with a stand-in for the few classes that such files name
-beside the weights. Its versions before 2.10 have known holes and are not used.
+beside the weights. Its versions before 2.10 have known holes and are not used. Our interpreter goes first, for some
+pickles that it refuses would crash torch or fill the memory.
 """
 
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.source import DTYPES, CheckpointError, Source, TensorInfo, unwrap
-from convert.torch_file import TORCH_DTYPES
+from convert.torch_file import CALLS, INERT, PICKLE_BOUND, TORCH_DTYPES, storage_of
+from convert.unpickle import PickleError, load
 
 OLDEST_TORCH = (2, 10)
+PICKLES = 5  # magic number, version, system, the state itself, keys of the storages; the numbers follow
 CLASSES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.ModelCheckpoint",
@@ -32,6 +36,13 @@ class StandIn:
 def open_legacy(path: Path) -> Source:
     """Opens a legacy .ckpt, all of it in memory. Raises CheckpointError if torch is missing, too old, or refuses."""
     torch = _torch(path)
+    try:
+        with open(path, "rb") as file:
+            pickles = BytesIO(file.read(PICKLE_BOUND))
+        for _ in range(PICKLES):
+            load(pickles, CALLS, INERT, storage_of)
+    except PickleError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     try:
         with torch.serialization.safe_globals([(StandIn, name) for name in CLASSES]):
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -107,7 +107,7 @@ def open_torch(path: Path) -> Source:
     try:
         storages, pickle, swapped = _open_archive(file)
         try:
-            state = load(pickle, CALLS, INERT, _storage)
+            state = load(pickle, CALLS, INERT, storage_of)
         except PickleError as error:
             raise CheckpointError(f"{path}: {error}") from None
         views, skipped, metadata = unwrap(state, path, lambda value: isinstance(value, View))
@@ -184,9 +184,9 @@ def _naturals(value: Any) -> tuple[int, ...]:
     return value
 
 
-def _storage(pid: Any) -> Storage:
-    """The persistent id ("storage", type, key, location, number of elements)."""
-    kind, storage, key, _, numel = pid
+def storage_of(pid: Any) -> Storage:
+    """The persistent id ("storage", type, key, location, number of elements), and more in legacy files."""
+    kind, storage, key, _, numel, *_ = pid
     if kind != "storage" or not isinstance(storage, Global) or not isinstance(key, str):
         raise ValueError("a persistent id that is no storage")
     return Storage(key, STORAGES[storage], *_naturals((numel,)))

@@ -14,6 +14,7 @@ import pickletools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any, NamedTuple
 
 OPCODE_BOUND = 1_000_000  # a tensor takes some 45
@@ -65,11 +66,11 @@ MARK = object()
 Calls = Mapping[Global, Callable[..., Any]]
 
 
-def load(data: bytes, calls: Calls, inert: set[Global], persistent: Callable[[Any], Any]) -> Any:
+def load(data: bytes | BytesIO, calls: Calls, inert: set[Global], persistent: Callable[[Any], Any]) -> Any:
     """What a pickle describes: dicts with texts as keys, lists, tuples, plain values, and what `calls` made.
 
-    calls: what a global does when the pickle calls it. inert: further globals that may be there. persistent: what
-    becomes of a persistent id.
+    data: a BytesIO is read from where it stands to the end of the pickle. calls: what a global does when the pickle calls
+    it. inert: further globals that may be there. persistent: what becomes of a persistent id.
 
     Raises:
         PickleError: the pickle is damaged, too long, or wants something that is not known.

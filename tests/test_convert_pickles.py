@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.source import open_source
+from convert.source import CheckpointError, open_source
 from tests.checkpoint_files import (
     CHANGES,
     FUZZ,
@@ -248,6 +248,14 @@ BOMBS = {
 def test_bombs_and_nonsense_are_refused_with_little_memory(tmp_path, name):
     write_torch_zip(tmp_path / "m.ckpt", BOMBS[name], {"0": WEIGHT.tobytes()})
     refusal(tmp_path / "m.ckpt", 160 * MB)
+
+
+@pytest.mark.parametrize("name", ["deep tuple as key", "doubled module", "items copied", "longer text", "no end"])
+def test_bombs_and_nonsense_in_legacy_files_are_refused_too(tmp_path, name):
+    before = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    (tmp_path / "m.ckpt").write_bytes(b"".join(before) + BOMBS[name] + pickle.dumps([], 2))
+    with pytest.raises(CheckpointError, match=r"m\.ckpt: "):
+        open_source(tmp_path / "m.ckpt")
 
 
 def test_odd_state_of_an_ordered_dict_is_left_out(tmp_path):
