@@ -69,8 +69,9 @@ Calls = Mapping[Global, Callable[..., Any]]
 def load(data: bytes | BytesIO, calls: Calls, inert: set[Global], persistent: Callable[[Any], Any]) -> Any:
     """What a pickle describes: dicts with texts as keys, lists, tuples, plain values, and what `calls` made.
 
-    data: a BytesIO is read from where it stands to the end of the pickle. calls: what a global does when the pickle calls
-    it. inert: further globals that may be there. persistent: what becomes of a persistent id.
+    data: bytes, or a BytesIO, which is read from where it stands to the end of the pickle. calls: what a global
+    does when the pickle calls it. inert: further globals that may be there. persistent: what becomes of a persistent
+    id.
 
     Raises:
         PickleError: the pickle is damaged, too long, or wants something that is not known.
