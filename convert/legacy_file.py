@@ -38,7 +38,7 @@ def open_legacy(path: Path) -> Source:
     torch = _torch(path)
     try:
         with open(path, "rb") as file:
-            pickles = BytesIO(file.read(PICKLE_BOUND))
+            pickles = BytesIO(file.read(min(path.stat().st_size, PICKLE_BOUND)))
         for _ in range(PICKLES):
             load(pickles, CALLS, INERT, storage_of)
     except PickleError as error:
