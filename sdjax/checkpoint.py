@@ -2,6 +2,7 @@
 
     model/config.json    `ModelConfig.to_json`
     model/params/        Orbax, one array for each leaf of {"text", "vae", "unet"}, uncompressed
+                         or params.safetensors: the same in one file, for small models (`write_tensors`)
     model/tokenizer/     vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
 
 A checkpoint is written under a temporary name beside its final one and renamed when it is whole. The dtype policy lives
@@ -31,6 +32,7 @@ from sdjax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 2**28  # bytes of parameters that are written together
+TENSORS = "params.safetensors"
 CONFIG_BOUND = 2**20  # bytes; a real config.json has 1.5 kB
 
 
@@ -59,7 +61,8 @@ def cast(params: Params, dtype: str) -> Params:
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is a folder laid out as above; what is in it is not looked at."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "params").is_dir()
+    path = Path(path)
+    return (path / "config.json").is_file() and ((path / "params").is_dir() or (path / TENSORS).is_file())
 
 
 @contextmanager
@@ -123,9 +126,13 @@ def save(
     params: Params,
     *,
     tokenizer: str | Path | None = None,
+    one_file: bool = False,
     force: bool = False,
 ) -> None:
-    """Writes a checkpoint. params: {"text", "vae", "unet"} of arrays; tokenizer: a folder to copy in, or None.
+    """Writes a checkpoint.
+
+    params: {"text", "vae", "unet"} of arrays. tokenizer: a folder to copy in, or None. one_file: the parameters as
+    params.safetensors instead of Orbax' folder, which is quicker to open and suits small models.
 
     Leaves may also be anything with shape and dtype that `np.asarray` takes (`convert.lazy`): each is asked for once.
 
@@ -133,8 +140,6 @@ def save(
         FileExistsError: `path` is there and `force` is not given. ValueError: the tree is not that of `config`.
         OSError: it could not be written; nothing is left behind then.
     """
-    from orbax.checkpoint import v1 as ocp  # 0.3 s to import
-
     path = Path(path).absolute()
     _check_tree(params, config, str(path))
     with new_folder(path, force) as folder:
@@ -144,6 +149,11 @@ def save(
             for file in sorted(Path(tokenizer).iterdir()):
                 if file.is_file() and file.suffix in (".json", ".txt"):
                     shutil.copyfile(file, folder / "tokenizer" / file.name)
+        if one_file:
+            write_tensors(folder / TENSORS, params)
+            return
+        from orbax.checkpoint import v1 as ocp  # 0.3 s to import
+
         context = ocp.Context()
         context.array.saving.use_compression = False
         context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
@@ -188,6 +198,34 @@ def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     return tree
 
 
+def write_tensors(file: Path, params: Params, force: bool = False) -> None:
+    """Writes a tree of arrays as one .safetensors file, names joined by "/". Raises as `save`."""
+    from safetensors.numpy import save_file
+
+    flat = {_name(path): np.asarray(leaf, order="C") for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    with new_file(file, force) as temporary:
+        save_file(flat, temporary)
+
+
+def read_tensors(file: Path) -> Params:
+    """The tree that `write_tensors` wrote, as numpy arrays.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return _nested({tuple(name.split("/")): leaf for name, leaf in load_file(file).items()})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {_damaged(error)}") from None
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None) -> tuple[ModelConfig, Params]:
     """A checkpoint's configuration and parameters, put on the device.
 
@@ -198,8 +236,6 @@ def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None)
         FileNotFoundError: no checkpoint at `path`. ValueError: it is damaged, holds symbolic links (which could read
         files elsewhere), or does not fit its own config.json.
     """
-    from orbax.checkpoint import v1 as ocp
-
     path = Path(path).absolute()
     if not is_checkpoint(path):
         raise FileNotFoundError(f"{path}: no checkpoint here; expected a folder with config.json and params/")
@@ -215,6 +251,11 @@ def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None)
         return jax.tree.map(like, stored[part])
 
     targets = {part: target(part) for part in stored}
+    if (path / TENSORS).is_file():
+        arrays = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), read_tensors(path / TENSORS), targets)
+        return config, jax.device_put(arrays, sharding)
+    from orbax.checkpoint import v1 as ocp
+
     try:
         params = ocp.load(path / "params", targets)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -224,9 +265,13 @@ def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None)
 
 def metadata(path: str | Path) -> Params:
     """Shape and dtype of every parameter of a checkpoint, checked against its config.json; raises as `restore`."""
+    path = Path(path).absolute()
+    if (path / TENSORS).is_file():
+        stored = read_tensors(path / TENSORS)
+        _check_tree(stored, read_config(path), str(path))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
     from orbax.checkpoint import v1 as ocp
 
-    path = Path(path).absolute()
     _refuse_links(path)
     try:
         stored = ocp.metadata(path / "params").metadata
@@ -267,14 +312,8 @@ def _refuse_links(path: Path) -> None:
 
 def _check_tree(params: Any, config: ModelConfig, where: str) -> None:
     """Raises ValueError with the first differences unless the leaves have the names and shapes of `config`."""
-    expected = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
-    }
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(np.shape(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    expected = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
+    found = {_name(path): tuple(np.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     differences = [
         f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
         for name in sorted(expected | found)

@@ -32,6 +32,32 @@ class CLIPConfig:
 
 
 @dataclass(frozen=True)
+class CLIPVisionConfig:
+    """CLIP vision transformer (Radford et al. 2021, section 2.4); ViT-L/14 at 224 pixels by default.
+
+    It teaches a text encoder, and is no part of a `ModelConfig`.
+
+    Raises:
+        ValueError: the picture is not a whole number of patches, or the width of heads.
+    """
+
+    image_size: int = 224
+    patch: int = 14  # pixels along one side
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection: int = 768  # width of the joint text-image space
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """KL-regularised autoencoder (Rombach et al. 2022, section 3.1 and appendix G)."""
 
@@ -76,9 +102,38 @@ class ScheduleConfig:
     zero_terminal_snr: bool = False  # rescale so that alpha_bar_999 = 0 (Lin et al. 2024, algorithm 1)
 
 
+SamplerName = Literal[
+    "ddpm",
+    "ddim",
+    "plms",
+    "euler",
+    "euler_a",
+    "heun",
+    "dpm2",
+    "dpm2_a",
+    "lms",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_sde",
+    "unipc",
+    "lcm",
+]
+Spacing = Literal["leading", "linspace", "trailing", "karras", "exponential"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The settings that a model gives its best with, for whoever names none."""
+
+    steps: int = 25
+    guidance: float = 7.5
+    sampler: SamplerName = "dpmpp_2m"
+    spacing: Spacing = "karras"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: three networks, their noise schedule, and its training size in pixels."""
+    """A whole model: three networks, their noise schedule, its training size in pixels, and its sampling defaults."""
 
     name: str
     clip: CLIPConfig = field(default_factory=CLIPConfig)
@@ -86,6 +141,7 @@ class ModelConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     image_size: int = 512
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         check(self)
@@ -192,6 +248,11 @@ def check(config: ModelConfig) -> None:
     )
     need(1 < schedule.steps <= 100_000, f"schedule.steps {schedule.steps} must lie in (1, 100000]")
     need(
+        0 < config.sampling.steps <= schedule.steps,
+        f"sampling.steps {config.sampling.steps} must lie in [1, {schedule.steps}]",
+    )
+    need(abs(config.sampling.guidance) < 1000, f"sampling.guidance {config.sampling.guidance} is out of range")
+    need(
         config.image_size > 0 and config.image_size % vae.downscale == 0,
         f"image_size {config.image_size} must be a positive multiple of {vae.downscale}",
     )
@@ -233,4 +294,38 @@ TINY = ModelConfig(
 )
 """A few million parameters of the same shape in small, for tests and for trying things out."""
 
-PRESETS = {config.name: config for config in (SD15, SD15_INPAINT, SD21, SD21_BASE, TINY)}
+BOX = ModelConfig(
+    name="box",
+    clip=CLIPConfig(
+        vocab_size=3072,
+        length=32,
+        width=192,
+        layers=3,
+        heads=4,
+        mlp_width=768,
+        activation="gelu",
+        projection=192,
+        pad_token=3071,
+    ),
+    vae=VAEConfig(latent_channels=16, channels=(16, 32, 64, 128), res_blocks=1, groups=8, scaling_factor=1.0),
+    unet=UNetConfig(
+        in_channels=16,
+        out_channels=16,
+        channels=(64, 128),
+        attention=(True, True),
+        heads=(2, 4),
+        res_blocks=1,
+        context_width=192,
+    ),
+    schedule=ScheduleConfig(prediction="v"),
+    image_size=64,
+    sampling=SamplingConfig(steps=20, guidance=4.0),
+)
+"""The model in the box: 64x64 pictograms, learnt by examples/train_box.py from emoji and their names."""
+
+BOX_VISION = CLIPVisionConfig(
+    image_size=64, patch=8, width=128, layers=4, heads=4, mlp_width=512, activation="gelu", projection=192
+)
+"""The image encoder that the box's text encoder is learnt with."""
+
+PRESETS = {config.name: config for config in (SD15, SD15_INPAINT, SD21, SD21_BASE, TINY, BOX)}

@@ -31,7 +31,7 @@ SHORT_NAMES = {
 }
 """Names for the well-known models on the hub."""
 
-CACHE_VERSION = "1"  # changes when converting the same file gives another result
+CACHE_VERSION = "2"  # changes when converting the same file gives another result
 
 Progress = Callable[[int, int], None]
 

@@ -12,7 +12,7 @@ import html
 import json
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -21,7 +21,7 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import tokenizers
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Regex, models, pre_tokenizers, trainers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -144,12 +144,46 @@ def clip_tokenizer(clean: str = "openai") -> Tokenizer:
         ValueError: `clean` is something else.
     """
     packed = resources.files("sdjax.assets").joinpath("clip_merges.txt.gz").read_bytes()
-    merges = gzip.decompress(packed).decode().split("\n")
+    return from_merges(gzip.decompress(packed).decode().split("\n"), clean)
+
+
+def from_merges(merges: Sequence[str], clean: str = "openai") -> Tokenizer:
+    """A tokenizer of CLIP's kind: 512 byte symbols, one token for each merge ("left right"), start, end.
+
+    Raises:
+        ValueError: `clean` is unknown.
+    """
     alphabet = _byte_alphabet()
     symbols = alphabet + [symbol + "</w>" for symbol in alphabet]
     symbols += [merge.replace(" ", "") for merge in merges] + [START, END]
     vocab = {symbol: index for index, symbol in enumerate(symbols)}
-    return Tokenizer(_build(vocab, merges, []), _cleaner(clean))
+    return Tokenizer(_build(vocab, list(merges), []), _cleaner(clean))
+
+
+def learn_merges(texts: Iterable[str], vocab_size: int, clean: str = "openai") -> list[str]:
+    """The merges of a tokenizer of `vocab_size` tokens, learnt from texts by byte-pair encoding (Sennrich et al. 2016).
+
+    Raises:
+        ValueError: the texts do not hold so many pairs.
+    """
+    prepare = _cleaner(clean)
+    engine = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    engine.pre_tokenizer = _words()
+    wanted = vocab_size - 2 * 256 - 2
+    symbols = _byte_alphabet() + [symbol + "</w>" for symbol in _byte_alphabet()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(symbols) + wanted,
+        special_tokens=[symbol for symbol in symbols if symbol.endswith("</w>")],
+        initial_alphabet=_byte_alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    engine.train_from_iterator((prepare(text) for text in texts), trainer)
+    found = json.loads(engine.to_str())["model"]["merges"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found][:wanted]
+    if len(merges) < wanted:
+        raise ValueError(f"the texts give {len(merges)} merges and a vocabulary of {vocab_size} needs {wanted}")
+    return merges
 
 
 def _cleaner(clean: str) -> Callable[[str], str]:
@@ -176,9 +210,14 @@ def _build(vocab: dict[str, int], merges: list[str], added: list[str]) -> tokeni
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     model = models.BPE(vocab, pairs, end_of_word_suffix="</w>", unk_token=END)
     engine = tokenizers.Tokenizer(model)
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True)
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    engine.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    engine.pre_tokenizer = _words()
     engine.add_special_tokens([START, END])
     engine.add_tokens([token for token in added if token not in (START, END)])
     return engine
+
+
+def _words() -> pre_tokenizers.PreTokenizer:
+    """Words as CLIP splits them, in the characters that stand for bytes."""
+    split = pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, to_bytes])

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import typing
 
 import pytest
 
 from sdjax.config import (
+    BOX,
     PRESETS,
     SD15,
     SD15_INPAINT,
@@ -14,10 +16,14 @@ from sdjax.config import (
     TINY,
     CLIPConfig,
     ModelConfig,
+    SamplerName,
     ScheduleConfig,
+    Spacing,
     UNetConfig,
     VAEConfig,
 )
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.schedule import SPACINGS
 
 VARIATION = dataclasses.replace(
     TINY,
@@ -74,7 +80,12 @@ def test_json_there_and_back_is_the_same_configuration(config):
 
 def test_presets_are_listed_under_their_own_names():
     assert {name: config.name for name, config in PRESETS.items()} == {name: name for name in PRESETS}
-    assert set(PRESETS.values()) == {SD15, SD15_INPAINT, SD21, SD21_BASE, TINY}
+    assert set(PRESETS.values()) == {SD15, SD15_INPAINT, SD21, SD21_BASE, TINY, BOX}
+
+
+def test_the_names_that_a_configuration_takes_are_those_that_sampling_knows():
+    assert set(typing.get_args(SamplerName)) == set(SAMPLERS)
+    assert set(typing.get_args(Spacing)) == set(SPACINGS)
 
 
 def test_a_configuration_cannot_be_changed_in_place():

@@ -16,6 +16,7 @@ LAYERS = [  # a module imports from lower rows, and from its own without going i
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
     {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"},
     {"pipeline", "checkpoint", "recipe"},
+    {"train", "train.losses", "train.step", "train.data", "train.plots", "train.tasks", "train.loop"},
     {"load", "selftest", "cli"},
 ]
 ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}

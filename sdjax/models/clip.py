@@ -1,8 +1,8 @@
-"""The CLIP text encoder: a causal pre-norm transformer (Radford et al. 2021, section 2.4).
+"""CLIP: pre-norm transformers over text, causal, and over pictures (Radford et al. 2021, section 2.4).
 
-Stable Diffusion 1 uses OpenAI's ViT-L/14 tower (quick-GELU, last hidden state), Stable Diffusion 2
-OpenCLIP's ViT-H/14 (exact GELU, penultimate hidden state). Neither masks padding: padded positions
-are attended to.
+Stable Diffusion uses the text encoder alone; the image encoder is what the text encoder is learnt with. Stable
+Diffusion 1 has OpenAI's ViT-L/14 (quick-GELU, last hidden state), Stable Diffusion 2 OpenCLIP's ViT-H/14 (exact GELU,
+penultimate hidden state). Neither masks padding: padded positions are attended to.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from sdjax.config import CLIPConfig
-from sdjax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention
+from sdjax.config import CLIPConfig, CLIPVisionConfig
+from sdjax.models.layers import ACTIVATIONS, Conv, Dense, LayerNorm, attention
 from sdjax.types import Array
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of the red, green and blue of CLIP's training pictures, in [0, 1]."""
+
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Their standard deviation, in the same units."""
 
 
 class TextOutput(NamedTuple):
@@ -34,6 +40,7 @@ class TextOutput(NamedTuple):
 class SelfAttention(nn.Module):
     width: int
     heads: int
+    causal: bool = True
 
     def setup(self) -> None:
         self.q = Dense(self.width)
@@ -45,16 +52,17 @@ class SelfAttention(nn.Module):
         def split(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], self.heads, -1)
 
-        mixed = attention(split(self.q(x)), split(self.k(x)), split(self.v(x)), causal=True)
+        mixed = attention(split(self.q(x)), split(self.k(x)), split(self.v(x)), causal=self.causal)
         return self.out(mixed.reshape(x.shape))
 
 
 class Layer(nn.Module):
-    config: CLIPConfig
+    config: CLIPConfig | CLIPVisionConfig
+    causal: bool = True
 
     def setup(self) -> None:
         self.norm1 = LayerNorm()
-        self.attention = SelfAttention(self.config.width, self.config.heads)
+        self.attention = SelfAttention(self.config.width, self.config.heads, self.causal)
         self.norm2 = LayerNorm()
         self.fc1 = Dense(self.config.mlp_width)
         self.fc2 = Dense(self.config.width)
@@ -101,3 +109,41 @@ class TextEncoder(nn.Module):
             states = self.final_norm(hidden_states[-1])
             pooled = self.projection(states[jnp.arange(ids.shape[0]), end])
         return TextOutput(last_hidden_state, tuple(hidden_states), pooled)
+
+
+class ImageEncoder(nn.Module):
+    """Pictures f[b, H, W, 3] in [-1, 1], H = W = config.image_size -> f[b, projection], not normalised.
+
+    CLIP's own standardisation of the pixels happens inside.
+    """
+
+    config: CLIPVisionConfig
+
+    def setup(self) -> None:
+        config = self.config
+        patches = (config.image_size // config.patch) ** 2
+        small = nn.initializers.normal(config.width**-0.5)
+        self.patch_embedding = Conv(config.width, size=config.patch, stride=config.patch, padding=(0, 0), bias=False)
+        self.class_embedding = self.param("class_embedding", small, (config.width,))
+        self.position_embedding = self.param("position_embedding", small, (1 + patches, config.width))
+        self.pre_norm = LayerNorm()
+        self.layer = [Layer(config, causal=False) for _ in range(config.layers)]
+        self.post_norm = LayerNorm()
+        self.projection = Dense(config.projection, bias=False)
+
+    def __call__(self, images: Array) -> Array:
+        """The embeddings of a batch of pictures.
+
+        Raises:
+            ValueError: pictures of another size.
+        """
+        b, size = images.shape[0], self.config.image_size
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images must be f[b, {size}, {size}, 3], found shape {images.shape}")
+        pixels = (0.5 * images + 0.5 - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+        patches = self.patch_embedding(pixels).reshape(b, -1, self.config.width)
+        first = jnp.broadcast_to(self.class_embedding, (b, 1, self.config.width))
+        x = self.pre_norm(jnp.concatenate([first, patches], axis=1) + self.position_embedding)
+        for layer in self.layer:
+            x = layer(x)
+        return self.projection(self.post_norm(x[:, 0]))

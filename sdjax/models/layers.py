@@ -76,16 +76,18 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     padding: tuple[int, int] = (1, 1)
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = x.astype(kernel.dtype)
         if self.stride == 1 and x.shape[1] * x.shape[2] <= CPU_SMALL_MAP:
-            return lax.platform_dependent(x, kernel, cpu=self.by_product, default=self.by_convolution) + bias
-        return self.by_convolution(x, kernel) + bias
+            y = lax.platform_dependent(x, kernel, cpu=self.by_product, default=self.by_convolution)
+        else:
+            y = self.by_convolution(x, kernel)
+        return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else y
 
     def by_convolution(self, x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(

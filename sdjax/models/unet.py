@@ -119,6 +119,11 @@ class Transformer(nn.Module):
         return tile_rows(x, y.shape[0]) + y
 
 
+def _blocks(remat: bool) -> tuple[Any, Any]:
+    """ResBlock and Transformer; with `remat`, such that the backward pass recomputes what is inside them."""
+    return (nn.remat(ResBlock), nn.remat(Transformer)) if remat else (ResBlock, Transformer)
+
+
 class Level(nn.Module):
     """Residual blocks at one resolution, each with a transformer behind it where the level has
     them, then a change of resolution.
@@ -130,17 +135,19 @@ class Level(nn.Module):
     heads: int
     attends: bool
     resample: str | None  # "down", "up" or None
+    remat: bool = False
 
     def setup(self) -> None:
         groups = self.config.groups
+        res_block, transformer = _blocks(self.remat)
         self.res = [
-            ResBlock(self.features, groups, RES_EPSILON, skip=before != self.features, time=True)
+            res_block(self.features, groups, RES_EPSILON, skip=before != self.features, time=True)
             for before in self.in_features
         ]
         if self.attends:
             transformers = len(self.in_features)
             self.attention = [
-                Transformer(self.features, self.heads, self.config.transformer_layers, groups)
+                transformer(self.features, self.heads, self.config.transformer_layers, groups)
                 for _ in range(transformers)
             ]
         if self.resample == "down":
@@ -161,11 +168,13 @@ class Level(nn.Module):
 
 class Middle(nn.Module):
     config: UNetConfig
+    remat: bool = False
 
     def setup(self) -> None:
         width, groups = self.config.channels[-1], self.config.groups
-        self.res = [ResBlock(width, groups, RES_EPSILON, skip=False, time=True) for _ in range(2)]
-        self.attention = Transformer(width, self.config.heads[-1], self.config.transformer_layers, groups)
+        res_block, transformer = _blocks(self.remat)
+        self.res = [res_block(width, groups, RES_EPSILON, skip=False, time=True) for _ in range(2)]
+        self.attention = transformer(width, self.config.heads[-1], self.config.transformer_layers, groups)
 
     def time_shifts(self, embedding: Array) -> list[Array]:
         return [block.time_shift(embedding) for block in self.res]
@@ -182,13 +191,14 @@ class UNet(nn.Module):
     f[b, h, w, 4].
 
     Any h and w: a size that does not halve evenly is rounded up on the way down and cropped on the
-    way up.
+    way up. `remat`: training keeps only what lies between the blocks, and computes the rest anew for the gradient.
     """
 
     config: UNetConfig
+    remat: bool = False
 
     def setup(self) -> None:
-        config = self.config
+        config, remat = self.config, self.remat
         channels, blocks, last = config.channels, config.res_blocks, len(config.channels) - 1
         self.time_fc1 = Dense(4 * channels[0])
         self.time_fc2 = Dense(4 * channels[0])
@@ -198,18 +208,18 @@ class UNet(nn.Module):
         for i, features in enumerate(channels):
             ins = (width, *[features] * (blocks - 1))
             resample = "down" if i < last else None
-            down.append(Level(config, ins, features, config.heads[i], config.attention[i], resample))
+            down.append(Level(config, ins, features, config.heads[i], config.attention[i], resample, remat))
             skips += [features] * (blocks + (i < last))
             width = features
         self.down = down
-        self.mid = Middle(config)
+        self.mid = Middle(config, remat)
 
         up = []
         for i in range(last, -1, -1):
             features = channels[i]
             ins = (width + skips.pop(), *[features + skips.pop() for _ in range(blocks)])
             resample = "up" if i > 0 else None
-            up.append(Level(config, ins, features, config.heads[i], config.attention[i], resample))
+            up.append(Level(config, ins, features, config.heads[i], config.attention[i], resample, remat))
             width = features
         self.up = up
         self.norm_out = GroupNorm(config.groups, RES_EPSILON)

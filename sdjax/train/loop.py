@@ -1,0 +1,207 @@
+"""The training loop: batches in, a model out, and everything in between on disk.
+
+    OUT/settings.json   what was asked for; the same command goes on, another one is refused
+    OUT/state/          Orbax checkpoints of the whole `TrainState`, the last two
+    OUT/cache/          latents and text states (UNet)
+    OUT/metrics.jsonl   a line every `LOG_EVERY` updates; OUT/loss.png draws it
+    OUT/samples/        a sheet every `sample_every` updates
+    OUT/model/          at the end: our checkpoint with the averaged parameters, for `sdjax.load`
+    OUT/beside.safetensors   at the end: what was learnt beside the model (CLIP: the image encoder)
+
+Update n depends on the state before it and on n alone: batches and random keys are made from n. So a run that was
+killed and started again gives bit for bit the parameters of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from sdjax import checkpoint
+from sdjax.pipeline import Pipeline
+from sdjax.tokenizer import clip_tokenizer
+from sdjax.train.data import prefetch
+from sdjax.train.plots import curves
+from sdjax.train.step import (
+    TrainState,
+    batch_sharding,
+    initial_state,
+    jit_step,
+    learning_rate,
+    make_step,
+    optimizer,
+    scanned,
+    state_sharding,
+)
+from sdjax.train.tasks import Settings, Task
+
+LOG_EVERY = 50
+"""Updates between lines of metrics.jsonl; each is the mean over them."""
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called with (updates done, updates in all, the last metrics)."""
+
+
+def train(
+    task: Task,
+    settings: Settings,
+    out: str | Path,
+    *,
+    note: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Pipeline:
+    """Runs a training to its end, from where an earlier run in `out` stopped, and returns the model.
+
+    note: what else must be the same for a run to go on (data, starting model); kept in settings.json. Uses every local
+    device: batches are split over them, with `settings.shard` the state, too.
+
+    Raises:
+        ValueError: `out` holds another run, or the batch does not divide over devices and parts. FloatingPointError:
+        the loss is no longer finite; the last checkpoint is from before.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    out = Path(out).absolute()
+    _claim(out, {**asdict(settings), **(note or {})})
+    rate = learning_rate(settings.learning_rate, settings.steps, warmup=settings.warmup, decay=settings.decay)
+    update = optimizer(rate, kind=settings.optimizer, weight_decay=settings.weight_decay, clip=settings.clip)
+    step = make_step(task.loss, update, ema=settings.ema, accumulate=settings.accumulate, dtype=settings.dtype)
+    devices = jax.local_device_count()
+    if settings.batch % (devices * settings.accumulate):
+        raise ValueError(
+            f"batch {settings.batch} cannot be split over {devices} devices in {settings.accumulate} parts; "
+            f"make it a multiple of {devices * settings.accumulate}"
+        )
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shapes = jax.eval_shape(lambda params: initial_state(params, update), task.params)
+    placement = state_sharding(shapes, mesh, shard_params=settings.shard)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    frozen = jax.device_put(task.frozen, everywhere)
+    key = jax.device_put(jax.random.key(settings.seed), everywhere)
+    run = jit_step(step if settings.scan == 1 else scanned(step), placement)
+    rows = batch_sharding(mesh, scanned=settings.scan > 1)
+
+    policy = ocp.training.preservation_policies.LatestN(2)
+    with ocp.training.Checkpointer(out / "state", preservation_policy=policy, cleanup_tmp_directories=True) as states:
+        if states.latest is None:
+            state = jax.device_put(initial_state(task.params, update), placement)
+        else:
+            like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
+            state = TrainState(*states.load(states.latest.step, like))
+        done = int(state.step)
+        log = _Log(out, done, rate)
+        stacks = prefetch(lambda i: _stack(task, i, settings.scan), done // settings.scan)
+        try:
+            while done < settings.steps:
+                state, metrics = run(state, frozen, jax.device_put(next(stacks), rows), key)
+                done += settings.scan
+                log.add(metrics, done, settings.scan)
+                if progress is not None:
+                    progress(done, settings.steps, log.last)
+                if done % settings.save_every == 0 or done == settings.steps:
+                    log.flush(done)
+                    states.save(done, state)
+                if done % settings.sample_every == 0 or done == settings.steps:
+                    (out / "samples").mkdir(exist_ok=True)
+                    task.sheet(jax.device_get(state.ema)).save(out / "samples" / f"{done:07d}.png")
+                    log.plot()
+        finally:
+            stacks.close()  # type: ignore[attr-defined]
+    average = jax.device_get(state.ema)
+    model = task.finish(average)
+    save_model(model, out / "model")
+    if task.beside is not None:
+        checkpoint.write_tensors(out / "beside.safetensors", task.beside(average), force=True)
+    return model
+
+
+def save_model(model: Pipeline, path: Path, *, one_file: bool = False) -> None:
+    """Writes our checkpoint (`checkpoint.save`), with the tokenizer if it is not CLIP's own; replaces an older one."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = model.tokenizer.engine.to_str() != clip_tokenizer().engine.to_str()
+        if own:
+            model.tokenizer.engine.save(str(Path(folder) / "tokenizer.json"))
+        options = dict(tokenizer=folder if own else None, one_file=one_file, force=True)
+        checkpoint.save(path, model.config, model.params, **options)  # type: ignore[arg-type]
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Writes settings.json, or checks that the run in `out` is the same."""
+    file = out / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if not file.exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no training run; name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        with checkpoint.new_file(file) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    found = json.loads(file.read_text())
+    changed = [name for name in sorted(found | settings) if found.get(name) != settings.get(name)]
+    if changed:
+        first = changed[0]
+        raise ValueError(
+            f"{out} holds a run with other settings ({', '.join(changed)}; {first} was {found.get(first)!r}, now "
+            f"{settings.get(first)!r}); repeat its command to go on, or name a new folder"
+        )
+
+
+def _stack(task: Task, index: int, scan: int) -> dict[str, np.ndarray]:
+    """The batches of `scan` updates, with a leading axis if there are several."""
+    batches = [task.batch(index * scan + i) for i in range(scan)]
+    return batches[0] if scan == 1 else jax.tree.map(lambda *rows: np.stack(rows), *batches)
+
+
+class _Log:
+    """metrics.jsonl: means over the updates since the line before. Lines after a restored state are made again."""
+
+    def __init__(self, out: Path, done: int, rate: optax.Schedule) -> None:
+        self.file, self.rate = out / "metrics.jsonl", rate
+        self.window: list[Any] = []
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.rows = [row for row in map(json.loads, _whole(lines)) if row["step"] <= done]
+        with checkpoint.new_file(self.file, force=True) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.last: dict[str, float] = self.rows[-1] if self.rows else {}
+
+    def add(self, metrics: Any, done: int, scan: int) -> None:
+        self.window.append(metrics)
+        if done // LOG_EVERY > (done - scan) // LOG_EVERY:
+            self.flush(done)
+
+    def flush(self, done: int) -> None:
+        """Writes a line; waits for the device."""
+        if not self.window:
+            return
+        every = jax.tree.map(
+            lambda *values: np.concatenate([np.atleast_1d(v) for v in values]), *jax.device_get(self.window)
+        )
+        self.window = []
+        self.last = {"step": done} | {name: float(values.mean()) for name, values in every.items()}
+        if not np.isfinite(self.last["loss"]):
+            raise FloatingPointError(f"the loss is {self.last['loss']} at update {done}; lower the learning rate")
+        self.last["learning_rate"] = float(self.rate(done - 1))
+        self.rows.append(self.last)
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.last) + "\n")
+
+    def plot(self) -> None:
+        if self.rows:
+            steps = [row["step"] for row in self.rows]
+            lines = {"loss": (steps, [row["loss"] for row in self.rows])}
+            curves(lines, title="loss", x_label="updates", log_y=all(row["loss"] > 0 for row in self.rows)).save(
+                self.file.with_name("loss.png")
+            )
+
+
+def _whole(lines: list[str]) -> list[str]:
+    """Without a last line that a kill cut short."""
+    return lines[:-1] if lines and not lines[-1].endswith("}") else lines

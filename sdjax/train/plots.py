@@ -1,0 +1,102 @@
+"""Pictures of a training run: a sheet of pictures with captions, and curves; drawn with Pillow alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f", "#e377c2", "#bcbd22")
+TEXT_HEIGHT = 14  # pixels of a line of labels
+
+
+def sheet(pictures: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
+    """Pictures of one size in rows of `columns`, each with its label below, cut to the picture's width."""
+    width, height = pictures[0].size
+    below = 0 if labels is None else TEXT_HEIGHT
+    rows = math.ceil(len(pictures) / columns)
+    gap = 4
+    whole = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + below + gap) + gap), "white")
+    draw = ImageDraw.Draw(whole)
+    for i, picture in enumerate(pictures):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + below + gap)
+        whole.paste(picture, (x, y))
+        if labels is not None:
+            draw.text((x, y + height + 1), _cut(labels[i], width), fill="black", font=_font())
+    return whole
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    size: tuple[int, int] = (640, 400),
+) -> Image.Image:
+    """One line for each of `series`, name -> (xs, ys), with axes, ticks and a legend.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    points = {name: _finite(xs, ys, log_x, log_y) for name, (xs, ys) in series.items()}
+    points = {name: found for name, found in points.items() if len(found)}
+    if not points:
+        raise ValueError(f"{title}: no finite values to draw")
+    every = np.concatenate(list(points.values()))
+    low, high = every.min(0), every.max(0)
+    span = np.where(high > low, high - low, 1.0)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = 64, 24, size[0] - 12, size[1] - 36
+
+    def place(values: np.ndarray) -> list[tuple[float, float]]:
+        unit = (values - low) / span
+        return [(left + x * (right - left), bottom - y * (bottom - top)) for x, y in unit]
+
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    for fraction in np.linspace(0, 1, 5):
+        x_value, y_value = low + fraction * span
+        x, y = left + fraction * (right - left), bottom - fraction * (bottom - top)
+        draw.line((x, bottom, x, bottom + 4), fill="grey")
+        draw.line((left - 4, y, left, y), fill="grey")
+        draw.text((x, bottom + 6), _number(x_value, log_x), fill="black", font=_font(), anchor="ma")
+        draw.text((left - 6, y), _number(y_value, log_y), fill="black", font=_font(), anchor="rm")
+    draw.text((left, 6), title, fill="black", font=_font())
+    draw.text((right, size[1] - 4), x_label, fill="black", font=_font(), anchor="rd")
+    for i, (name, found) in enumerate(points.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        line = place(found)
+        if len(line) > 1:
+            draw.line(line, fill=colour, width=2)
+        else:
+            draw.circle(line[0], 3, fill=colour)
+        draw.text((right - 6, top + 4 + i * TEXT_HEIGHT), name, fill=colour, font=_font(), anchor="ra")
+    return image
+
+
+def _finite(xs: Sequence[float], ys: Sequence[float], log_x: bool, log_y: bool) -> np.ndarray:
+    """The points as f64[n, 2], in the axes' own scale; what has no place there is left out."""
+    points = np.stack([np.asarray(xs, np.float64), np.asarray(ys, np.float64)], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for axis, log in enumerate((log_x, log_y)):
+            if log:
+                points[:, axis] = np.log10(points[:, axis])
+    return points[np.isfinite(points).all(1)]
+
+
+def _number(value: float, log: bool) -> str:
+    return f"{10**value if log else value:.3g}"
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(11)
+
+
+def _cut(text: str, width: int) -> str:
+    while text and _font().getlength(text) > width:
+        text = text[:-1]
+    return text

@@ -1,0 +1,364 @@
+"""The three trainings: which parameters learn, from which batches, by which loss.
+
+A `Task` is all that the loop needs to know of a training. `vae_task`, `clip_task` and `unet_task` make one from a
+model, a data set and settings. What does not change during a training is computed once: for the UNet the moments of
+every picture's latents and the text states of every caption lie in memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from sdjax.config import CLIPVisionConfig, ModelConfig
+from sdjax.diffusion.schedule import noise_schedule
+from sdjax.image import to_images, to_uint8
+from sdjax.models.clip import ImageEncoder, TextEncoder
+from sdjax.models.params import initial_params
+from sdjax.models.unet import UNet
+from sdjax.models.vae import VAE, Posterior
+from sdjax.pipeline import Pipeline, encode_text
+from sdjax.tokenizer import Tokenizer
+from sdjax.train.data import Dataset, cached, caption, fingerprint, order
+from sdjax.train.losses import contrastive_loss, diffusion_loss, drop_prompts, vae_loss
+from sdjax.train.plots import sheet
+from sdjax.train.step import Loss, Metrics
+from sdjax.types import Array, Params
+
+SHEET = 8
+"""Pictures on a sample sheet."""
+
+PICTURE_BOUND = 2**31
+"""Bytes of decoded pictures that are kept on disk (2 GiB); a larger data set is decoded again in every epoch."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Steps count updates of the parameters; learning rates are per update.
+
+    steps: updates in all. batch: pictures per update, over all devices. learning_rate: at its height. warmup: steps of
+    its linear rise. decay: steps of its cosine fall to 0, at the end. accumulate: parts that a batch is worked through
+    in. ema: decay of the running average that becomes the model. dtype: of the computation; the parameters stay
+    float32. remat: recompute activations in the backward pass instead of keeping them. shard: split parameters and
+    optimiser over the devices. scan: updates in one compiled program; 1 on a CPU, whose convolutions are
+    slow inside loops. flip: mirror every other picture at random.
+    UNet: prompt_dropout, min_snr, noise_offset (`losses.diffusion_loss`). Autoencoder: sigma, kl_weight, l1
+    (`losses.vae_loss`).
+
+    Raises:
+        ValueError: a setting is out of range; the message names it.
+    """
+
+    steps: int = 10_000
+    batch: int = 16
+    learning_rate: float = 1e-4
+    warmup: int = 100
+    decay: int = 0
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    accumulate: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    shard: bool = False
+    scan: int = 1
+    seed: int = 0
+    flip: bool = False
+    prompt_dropout: float = 0.1
+    min_snr: float | None = None
+    noise_offset: float = 0.0
+    sigma: float = 0.1
+    kl_weight: float = 1.0
+    l1: float = 0.0
+    save_every: int = 500
+    sample_every: int = 500
+
+    def __post_init__(self) -> None:
+        def need(good: bool, name: str, expected: str) -> None:
+            if not good:
+                raise ValueError(f"{name} must be {expected}, found {getattr(self, name)!r}")
+
+        for name in ("steps", "batch", "accumulate", "scan", "save_every", "sample_every"):
+            need(getattr(self, name) > 0, name, "a whole number above 0")
+        need(self.batch % self.accumulate == 0, "batch", f"a multiple of accumulate, {self.accumulate}")
+        need(self.steps % self.scan == 0, "steps", f"a multiple of scan, {self.scan}")
+        for name in ("save_every", "sample_every"):
+            need(getattr(self, name) % self.scan == 0, name, f"a multiple of scan, {self.scan}")
+        for name in ("learning_rate", "clip", "sigma"):
+            need(0 < getattr(self, name) < np.inf, name, "a positive number")
+        for name in ("weight_decay", "kl_weight", "l1", "noise_offset"):
+            need(0 <= getattr(self, name) < np.inf, name, "0 or more")
+        need(0 <= self.prompt_dropout <= 1, "prompt_dropout", "in [0, 1]")
+        need(0 <= self.ema < 1, "ema", "in [0, 1)")
+        need(self.min_snr is None or self.min_snr > 0, "min_snr", "positive, or left out")
+        need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)")
+        need(min(self.warmup, self.decay) >= 0, "warmup", "0 or more, as decay")
+        need(self.warmup + self.decay <= self.steps, "decay", f"at most steps - warmup, {self.steps - self.warmup}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training, as the loop sees it.
+
+    params: where it starts; frozen: parameters and tables that the loss needs and that stay. loss: see `step.Loss`.
+    batch: number of an update -> numpy arrays with a leading axis b. sheet: averaged parameters -> a picture that shows
+    how far it is. finish: averaged parameters -> the whole model. beside: -> what else was learnt, if anything.
+    """
+
+    params: Params
+    frozen: Params
+    loss: Loss
+    batch: Callable[[int], dict[str, np.ndarray]]
+    sheet: Callable[[Params], Image.Image]
+    finish: Callable[[Params], Pipeline]
+    beside: Callable[[Params], Params] | None = None
+
+
+def to_unit(pictures: Array) -> Array:
+    """u8[..., 3] -> f32[..., 3] in [-1, 1]."""
+    return pictures.astype(jnp.float32) / 127.5 - 1
+
+
+def vae_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -> Task:
+    """The autoencoder by the evidence lower bound, on pictures at the model's own size. Captions are not needed."""
+    config, vae = model.config, VAE(model.config.vae)
+
+    def loss(params: Params, frozen: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
+        images = to_unit(batch["pictures"])
+        posterior: Any = vae.apply({"params": params}, images, method="encode")
+        decode = partial(vae.apply, {"params": params}, method="decode")
+        options = dict(sigma=settings.sigma, kl_weight=settings.kl_weight, l1=settings.l1)
+        return vae_loss(decode, posterior, images, key, **options)  # type: ignore[arg-type]
+
+    read = _reader(data, config.image_size, cache)
+    first = _pictures(data, settings, 0, read)[:SHEET]
+
+    @jax.jit
+    def reconstruct(params: Params) -> Array:
+        return to_uint8(vae.apply({"params": params}, to_unit(jnp.asarray(first))))  # type: ignore[arg-type]
+
+    def show(params: Params) -> Image.Image:
+        return sheet([Image.fromarray(row) for row in first] + to_images(reconstruct(params)), len(first))
+
+    return Task(
+        params=model.params["vae"],
+        frozen={},
+        loss=loss,
+        batch=lambda step: {"pictures": _pictures(data, settings, step, read)},
+        sheet=show,
+        finish=lambda params: dataclasses.replace(model, params={**model.params, "vae": params}),
+    )
+
+
+def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings: Settings, cache: Path) -> Task:
+    """The text encoder by contrast with pictures (Radford et al. 2021), an image encoder of `vision` beside it.
+
+    The parameters are {"text", "image"}; `finish` keeps the text encoder alone. A model whose text encoder has no
+    projection and temperature gets them.
+
+    Raises:
+        ValueError: the projections of the two encoders differ in width.
+    """
+    clip = model.config.clip
+    text_params = model.params["text"]
+    if clip.projection is None:
+        clip = dataclasses.replace(clip, projection=vision.projection)
+        fresh = initial_params(dataclasses.replace(model.config, clip=clip), settings.seed, ("text",))["text"]
+        text_params = {**text_params, **{name: fresh[name] for name in ("projection", "logit_scale")}}
+    if clip.projection != vision.projection:
+        raise ValueError(f"the text encoder projects to {clip.projection} and the image encoder to {vision.projection}")
+    config = dataclasses.replace(model.config, clip=clip)
+    text, image = TextEncoder(clip), ImageEncoder(vision)
+    read = _reader(data, vision.image_size, cache)
+
+    def loss(params: Params, frozen: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
+        pooled: Any = text.apply({"params": params["text"]}, batch["ids"])
+        embedded: Any = image.apply({"params": params["image"]}, to_unit(batch["pictures"]))
+        ids, index = batch["ids"], batch["index"]
+        same = (ids[:, None] == ids[None]).all(-1) | (index[:, None] == index[None])
+        return contrastive_loss(embedded, pooled.pooled, params["text"]["logit_scale"], same)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        index, texts = _drawn(data, settings, step)
+        pictures = _pictures(data, settings, step, read)
+        return {"pictures": pictures, "ids": _ids(model.tokenizer, config, texts), "index": index}
+
+    shown = batch(0)
+
+    @jax.jit
+    def similar(params: Params) -> Array:
+        pooled: Any = text.apply({"params": params["text"]}, shown["ids"])
+        embedded: Any = image.apply({"params": params["image"]}, to_unit(jnp.asarray(shown["pictures"])))
+        return _unit(pooled.pooled) @ _unit(embedded).T
+
+    def show(params: Params) -> Image.Image:
+        """One row a caption of the first batch: the pictures of that batch that are nearest to it."""
+        nearest = np.argsort(-np.asarray(similar(params)), axis=1)[:SHEET, :SHEET]
+        texts = _drawn(data, settings, 0)[1]
+        pictures = [Image.fromarray(shown["pictures"][i]) for i in nearest.ravel()]
+        columns = nearest.shape[1]
+        labels = [text if column == 0 else "" for text in texts[: len(nearest)] for column in range(columns)]
+        return sheet(pictures, columns, labels)
+
+    picture = jnp.zeros((1, vision.image_size, vision.image_size, 3))
+    tower = jax.jit(image.init)(jax.random.key(settings.seed), picture)["params"]
+    return Task(
+        params={"text": text_params, "image": tower},
+        frozen={},
+        loss=loss,
+        batch=batch,
+        sheet=show,
+        finish=lambda params: dataclasses.replace(
+            model, config=config, params={**model.params, "text": params["text"]}
+        ),
+        beside=lambda params: {"image": params["image"]},
+    )
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def unet_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -> Task:
+    """The UNet by the prediction of the noise (or velocity), prompts dropped at times (Rombach et al. 2022, eq. 3).
+
+    cache: a folder for latents and text states; they are computed at the first start, and again if the data, the
+    autoencoder or the text encoder have changed. For 512x512 pictures a picture takes 131 kB and a caption 237 kB.
+
+    Raises:
+        ValueError: the UNet has channels that a plain picture cannot fill (inpainting models).
+    """
+    config, tokenizer = model.config, model.tokenizer
+    if config.unet.in_channels != config.unet.out_channels:
+        raise ValueError(
+            f"{model.name} has {config.unet.in_channels} input channels; training is for models with as many as they "
+            f"predict, {config.unet.out_channels}"
+        )
+    moments = _cached_moments(model, data, cache)
+    captions = ["", *sorted({text for example in data.examples for text in example.captions})]
+    row_of = {text: row for row, text in enumerate(captions)}
+    states = _cached_states(model, captions, cache)
+    schedule = noise_schedule(config.schedule)
+    unet = UNet(config.unet, remat=settings.remat)
+
+    def loss(params: Params, frozen: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
+        drop_key, latent_key, noise_key = jax.random.split(key, 3)
+        mean, logvar = jnp.split(batch["moments"], 2, axis=-1)
+        latents = Posterior(mean, logvar).sample(latent_key) * config.vae.scaling_factor
+        context = drop_prompts(batch["context"], frozen["empty"], drop_key, settings.prompt_dropout)
+
+        def predict(x: Array, t: Array, context: Array) -> Array:
+            return unet.apply({"params": params}, x, t, context)  # type: ignore[return-value]
+
+        options = dict(min_snr=settings.min_snr, noise_offset=settings.noise_offset)
+        prediction = config.schedule.prediction
+        return diffusion_loss(predict, schedule, latents, context, noise_key, prediction=prediction, **options)  # type: ignore[arg-type]
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        index, texts = _drawn(data, settings, step)
+        return {"moments": moments[index], "context": states[[row_of[text] for text in texts]]}
+
+    prompts = _drawn(data, settings, 0)[1][:SHEET]
+
+    def show(params: Params) -> Image.Image:
+        """The first batch's captions, drawn by the model as it is now."""
+        return sheet(finish(params).text_to_image(prompts, batch=len(prompts)), 4, prompts)
+
+    def finish(params: Params) -> Pipeline:
+        return Pipeline(config, {**model.params, "unet": params}, tokenizer, model.name)
+
+    frozen = {"empty": jnp.asarray(states[0])}
+    return Task(model.params["unet"], frozen, loss, batch, show, finish)
+
+
+def _drawn(data: Dataset, settings: Settings, step: int) -> tuple[np.ndarray, list[str]]:
+    """The examples of update `step` and their captions."""
+    first = step * settings.batch
+    index = order(data.weights, settings.seed, first, settings.batch)
+    texts = [caption(data.examples[i], settings.seed, first + row) for row, i in enumerate(index)]
+    return index, texts
+
+
+def _reader(data: Dataset, size: int, cache: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """i64[b] -> the pictures, u8[b, size, size, 3]; a data set of up to `PICTURE_BOUND` bytes is decoded only once."""
+
+    def decode(index: Iterable[int]) -> np.ndarray:
+        return np.stack([data.picture(int(i), size) for i in index])
+
+    if len(data) * size * size * 3 > PICTURE_BOUND:
+        return decode
+    cache.mkdir(parents=True, exist_ok=True)
+    key = _hash(fingerprint(data), size)
+    pictures = cached(cache / "pictures.npy", key, lambda first, last: decode(range(first, last)), len(data))
+    return lambda index: pictures[index]
+
+
+def _pictures(data: Dataset, settings: Settings, step: int, read: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The pictures of update `step`, u8[b, size, size, 3]."""
+    pictures = read(order(data.weights, settings.seed, step * settings.batch, settings.batch))
+    if settings.flip:
+        mirrored = np.random.default_rng([settings.seed, step, 2]).random(len(pictures)) < 0.5
+        pictures[mirrored] = pictures[mirrored, :, ::-1]
+    return pictures
+
+
+def _ids(tokenizer: Tokenizer, config: ModelConfig, texts: list[str]) -> np.ndarray:
+    return tokenizer(texts, config.clip.length, config.clip.pad_token)
+
+
+def _hash(*things: Any) -> str:
+    """sha256 of parameters and of what `repr` says of anything else."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, dict):
+            for leaf in jax.tree.leaves(thing):
+                digest.update(np.asarray(leaf).tobytes())
+        else:
+            digest.update(repr(thing).encode())
+    return digest.hexdigest()
+
+
+def _cached_moments(model: Pipeline, data: Dataset, cache: Path) -> np.ndarray:
+    """Mean and log-variance of every picture's latents, f32[n, h, w, 2c]."""
+    config = model.config
+
+    @jax.jit
+    def encode(params: Params, pictures: Array) -> Array:
+        def one(picture: Array) -> Array:
+            images = to_unit(picture)[None]
+            posterior: Any = VAE(config.vae).apply({"params": params}, images, method="encode")
+            return jnp.concatenate(posterior, axis=-1)[0]
+
+        return jax.lax.map(one, pictures)
+
+    def rows(first: int, last: int) -> np.ndarray:
+        pictures = np.stack([data.picture(i, config.image_size) for i in range(first, last)])
+        return np.asarray(encode(model.params["vae"], pictures))
+
+    cache.mkdir(parents=True, exist_ok=True)
+    key = _hash(fingerprint(data), config.vae, config.image_size, model.params["vae"])
+    return cached(cache / "latents.npy", key, rows, len(data))
+
+
+def _cached_states(model: Pipeline, captions: list[str], cache: Path) -> np.ndarray:
+    """What the text encoder makes of every caption, f32[n, l, d]."""
+
+    def rows(first: int, last: int) -> np.ndarray:
+        ids = _ids(model.tokenizer, model.config, captions[first:last])
+        return np.asarray(encode_text(model.params["text"], ids, config=model.config), np.float32)
+
+    cache.mkdir(parents=True, exist_ok=True)
+    ids = _ids(model.tokenizer, model.config, captions)
+    key = _hash(ids.tobytes(), model.config.clip, model.params["text"])
+    return cached(cache / "text.npy", key, rows, len(captions))
