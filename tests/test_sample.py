@@ -129,6 +129,18 @@ def test_noise_is_unit_normal_and_independent_between_seeds_and_draws():
     assert np.abs(correlation).max() < 0.16  # 5 standard deviations of 1/32
 
 
+@pytest.mark.parametrize("device", [None, 0, 1])
+def test_streaming_compiles_one_step_wherever_the_parameters_lie(device, caplog):
+    """Restored parameters are bound to their device, random ones are not."""
+    scale = np.float32(0.8) if device is None else jax.device_put(jnp.float32(0.8), jax.devices()[device])
+    rows = jax.tree.map(np.float32, rows_of("euler"))
+    x = jnp.ones((1, 3, 5 + (device or -1), 2))  # a shape that no other test has compiled
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        results = list(stream(make_denoiser, scale, SAMPLERS["euler"].method, rows, x, image_keys([4])))
+    assert len(results) == STEPS
+    assert len([record for record in caplog.records if "Compiling jit(_step)" in record.getMessage()]) == 1
+
+
 @pytest.mark.parametrize("name", ["euler", "dpm2_a", "dpmpp_sde"])
 def test_every_step_and_every_call_has_noise_of_its_own(name):
     """Draw k of step j is draw 1 + j draws + k of the image's key, number 0 being the start."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sdjax.diffusion.samplers import Method
 from sdjax.types import Array, Denoiser, Latent
@@ -100,11 +101,25 @@ def stream(
     The step is compiled once for all rows; stop iterating to stop sampling.
     """
     rows = jax.tree.map(jnp.asarray, rows)
-    carry = method.init(x)
+    carry = _placed(method.init(x), inputs)
     for index in range(jax.tree.leaves(rows)[0].shape[0]):
         row = jax.tree.map(partial(_at, index), rows)
         carry = _jitted_step(make_denoiser, method, inputs, keys, carry, row, jnp.int32(index))
         yield carry.x, carry.x0_hat
+
+
+def _placed(carry: Any, inputs: Any) -> Any:
+    """The first carry bound to the devices that the inputs are bound to, as every later one comes out of the step.
+
+    For jit an array that is bound to its device is another kind of argument than one that is not: without this the
+    step would be compiled twice.
+    """
+    bound = [leaf.sharding for leaf in jax.tree.leaves(inputs) if isinstance(leaf, jax.Array) and leaf.committed]
+    if not bound:
+        return carry
+    if isinstance(bound[0], NamedSharding):
+        return jax.device_put(carry, NamedSharding(bound[0].mesh, PartitionSpec()))
+    return jax.device_put(carry, bound[0])
 
 
 def _at(index: int, leaf: Array) -> Array:
