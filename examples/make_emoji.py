@@ -122,8 +122,8 @@ def build(folder: Path, size: int = 64) -> dict[str, int]:
     """
     if not features.check("raqm"):
         raise RuntimeError("this Pillow was built without Raqm, which draws emoji sequences; install Pillow from PyPI")
-    font = ImageFont.truetype(FONT, FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     emoji = list(read_emoji())
+    font = ImageFont.truetype(FONT, FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     for part in ("train", "held_out"):
         (folder / part).mkdir(parents=True)
     seen: set[bytes] = set()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from sdjax.pipeline import Pipeline
 from sdjax.tokenizer import from_merges, learn_merges
 from sdjax.train.data import Dataset, open_dataset
 from sdjax.train.loop import save_model, train
-from sdjax.train.tasks import Settings, clip_task, unet_task, vae_task
+from sdjax.train.settings import Settings
+from sdjax.train.tasks import clip_task, unet_task, vae_task
 
 CPU = {
     "vae": Settings(steps=9000, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
@@ -75,6 +77,7 @@ def standardised(model: Pipeline, data: Dataset) -> Pipeline:
 def main(out: Path, settings: dict[str, Settings]) -> Path:
     """Runs all three trainings in `out`, or what is left of them, and returns the folder of the finished model."""
     if not (out / "emoji" / "done").exists():
+        shutil.rmtree(out / "emoji", ignore_errors=True)  # what an interrupted start left
         print(build(out / "emoji", BOX.image_size))
         (out / "emoji" / "done").touch()
     data = open_dataset(out / "emoji" / "train")

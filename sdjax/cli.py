@@ -1,4 +1,4 @@
-"""The command line: `sdjax txt2img | img2img | inpaint | info | selftest`.
+"""The command line: `sdjax txt2img | img2img | inpaint | train | info | selftest`.
 
 Options left out take the values of the recipe given by --recipe, else the defaults of `Pipeline`. Whatever goes wrong
 with what the user gave is one line on the error stream and exit status 2; pictures made before that are kept.
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
+from sdjax.train import command as train_command
 
 TASKS = ("txt2img", "img2img", "inpaint")
 DEFAULTS: dict[str, Any] = {
@@ -28,11 +29,11 @@ DEFAULTS: dict[str, Any] = {
     "negative_prompt": "",
     "model": "",
     "seed": 0,
-    "steps": 25,
-    "guidance": 7.5,
+    "steps": None,
+    "guidance": None,
     "guidance_rescale": 0.0,
-    "sampler": "dpmpp_2m",
-    "spacing": "karras",
+    "sampler": None,
+    "spacing": None,
     "eta": None,
     "clip_skip": None,
     "size": None,
@@ -41,6 +42,9 @@ DEFAULTS: dict[str, Any] = {
     "image": None,
     "mask": None,
 }
+FROM_MODEL = ("steps", "guidance", "sampler", "spacing")
+"""Settings whose defaults come with the model."""
+
 STRENGTH = {"img2img": 0.75, "inpaint": 1.0}
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -52,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: console.print(f"sdjax: note: {message}", markup=False)
         try:
             return options.run(options)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError) as error:
             line = " ".join(str(error).split())
             console.print(f"sdjax: error: {line}", markup=False)
             return 2
         except KeyboardInterrupt:
-            console.print("sdjax: interrupted; the pictures made so far are kept", markup=False)
+            console.print("sdjax: interrupted; what was made so far is kept", markup=False)
             return 130
 
 
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(task, help=texts[task], description=texts[task] + ".")
         command.set_defaults(run=generate, task=task)
         _add_settings(command, task)
+    train_command.add_parser(commands, console)
     info = commands.add_parser("info", help="what a picture was made from, or what a model holds")
     info.add_argument("path", help="a PNG, a checkpoint, a folder, a hub id or short name")
     info.set_defaults(run=show_info)
@@ -93,11 +98,11 @@ def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
     add("-o", "--output", default=".", metavar="FILE|DIR", help="a .png, or a folder for numbered ones (default: here)")
     add("--negative-prompt", metavar="TEXT", help="what not to paint")
     add("--model", metavar="M", help="a checkpoint, .ckpt, .safetensors, diffusers folder, hub id or short name")
-    add("--steps", type=int, metavar="N", help="sampling steps (25)")
-    add("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 for none (7.5)")
+    add("--steps", type=int, metavar="N", help="sampling steps (25, or as the model says)")
+    add("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 for none (7.5, or as the model says)")
     add("--guidance-rescale", type=float, metavar="R", help="against overexposure, 0 to 1 (0)")
-    add("--sampler", metavar="S", help=f"{', '.join(SAMPLERS)} (dpmpp_2m)")
-    add("--spacing", metavar="K", help=f"{', '.join(SPACINGS)} (karras)")
+    add("--sampler", metavar="S", help=f"{', '.join(SAMPLERS)} (dpmpp_2m, or as the model says)")
+    add("--spacing", metavar="K", help=f"{', '.join(SPACINGS)} (karras, or as the model says)")
     add("--eta", type=float, metavar="E", help="noise of the sampler ddim, 0 to 1 (0)")
     add("--clip-skip", type=int, metavar="N", help="layers of the text encoder to leave out (as trained)")
     add("--seed", type=int, metavar="N", help="the first picture's seed (0)")
@@ -132,9 +137,11 @@ def generate(options: argparse.Namespace) -> int:
     for name in {"txt2img": (), "img2img": ("image",), "inpaint": ("image", "mask")}[task]:
         hashes[name] = _checked_file(name, inputs[name], file_hash)
 
-    check_settings(**settings, count=count)
+    check_settings(**{k: v for k, v in settings.items() if k not in FROM_MODEL or v is not None}, count=count)
     with _progress(model) as (on_convert, on_step):
         pipe = _load(model, dtype, on_convert)
+        for name in FROM_MODEL:
+            settings[name] = getattr(pipe.config.sampling, name) if settings[name] is None else settings[name]
         if not output.suffix:
             output.mkdir(parents=True, exist_ok=True)
         call = {

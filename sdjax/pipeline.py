@@ -147,7 +147,8 @@ Progress = Callable[[int, int, Latent], None]
 class Pipeline:
     """A model ready for use: configuration, parameters {"text", "vae", "unet"}, tokenizer, and a name. No other state.
 
-    Settings that all three tasks share (keywords):
+    Settings that all three tasks share (keywords; steps, guidance, sampler and spacing have the model's own defaults,
+    `config.sampling`):
         negative_prompt: what to steer away from. steps: sampling steps, 1 to 1000. guidance: classifier-free guidance
         scale; 1 leaves the negative prompt out and halves the work. guidance_rescale: 0 to 1, against overexposure.
         guidance_interval: (start, stop) as fractions of the steps; outside it guidance is 1. sampler: a name from
@@ -252,12 +253,12 @@ class Pipeline:
         strength: float,
         /,
         *,
-        steps: int = 25,
-        guidance: float = 7.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        sampler: str = "dpmpp_2m",
-        spacing: str = "karras",
+        sampler: str | None = None,
+        spacing: str | None = None,
         eta: float | None = None,
         seed: int = 0,
         count: int = 1,
@@ -266,6 +267,10 @@ class Pipeline:
         progress: Progress | None = None,
     ) -> list[Image.Image]:
         config, params = self.config, self.params
+        steps = config.sampling.steps if steps is None else steps
+        guidance = config.sampling.guidance if guidance is None else guidance
+        sampler = config.sampling.sampler if sampler is None else sampler
+        spacing = config.sampling.spacing if spacing is None else spacing
         prompts = [prompt] if isinstance(prompt, str) else prompt
         check_settings(
             prompts=prompts,

@@ -16,8 +16,8 @@ LAYERS = [  # a module imports from lower rows, and from its own without going i
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
     {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"},
     {"pipeline", "checkpoint", "recipe"},
-    {"train", "train.losses", "train.step", "train.data", "train.plots", "train.tasks", "train.loop"},
-    {"load", "selftest", "cli"},
+    {"train", "train.losses", "train.step", "train.data", "train.plots", "train.settings", "train.tasks", "train.loop"},
+    {"load", "selftest", "cli", "train.command"},
 ]
 ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}
 CONVERT_MAY_USE = ("sdjax.config", "sdjax.types", "sdjax.models.params", "sdjax.checkpoint", "sdjax.tokenizer")

@@ -30,6 +30,7 @@ from sdjax.pipeline import Pipeline
 from sdjax.tokenizer import clip_tokenizer
 from sdjax.train.data import prefetch
 from sdjax.train.plots import curves
+from sdjax.train.settings import Settings
 from sdjax.train.step import (
     TrainState,
     batch_sharding,
@@ -41,7 +42,7 @@ from sdjax.train.step import (
     scanned,
     state_sharding,
 )
-from sdjax.train.tasks import Settings, Task
+from sdjax.train.tasks import Task
 
 LOG_EVERY = 50
 """Updates between lines of metrics.jsonl; each is the mean over them."""
@@ -70,17 +71,11 @@ def train(
     from orbax.checkpoint import v1 as ocp
 
     out = Path(out).absolute()
-    _claim(out, {**asdict(settings), **(note or {})})
+    claim(out, settings, note)
     rate = learning_rate(settings.learning_rate, settings.steps, warmup=settings.warmup, decay=settings.decay)
     update = optimizer(rate, kind=settings.optimizer, weight_decay=settings.weight_decay, clip=settings.clip)
     step = make_step(task.loss, update, ema=settings.ema, accumulate=settings.accumulate, dtype=settings.dtype)
-    devices = jax.local_device_count()
-    if settings.batch % (devices * settings.accumulate):
-        raise ValueError(
-            f"batch {settings.batch} cannot be split over {devices} devices in {settings.accumulate} parts; "
-            f"make it a multiple of {devices * settings.accumulate}"
-        )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shapes = jax.eval_shape(lambda params: initial_state(params, update), task.params)
     placement = state_sharding(shapes, mesh, shard_params=settings.shard)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -133,24 +128,34 @@ def save_model(model: Pipeline, path: Path, *, one_file: bool = False) -> None:
         checkpoint.save(path, model.config, model.params, **options)  # type: ignore[arg-type]
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Writes settings.json, or checks that the run in `out` is the same."""
+def claim(out: Path, settings: Settings, note: dict[str, Any] | None = None) -> None:
+    """Makes `out` the folder of this run, by its settings.json, or checks that it is.
+
+    Raises:
+        ValueError: it holds another run, or other files; or the batch does not divide over devices and parts.
+    """
+    devices = jax.local_device_count()
+    if settings.batch % (devices * settings.accumulate):
+        raise ValueError(
+            f"batch {settings.batch} cannot be split over {devices} devices in {settings.accumulate} parts; "
+            f"make it a multiple of {devices * settings.accumulate}"
+        )
     file = out / "settings.json"
-    settings = json.loads(json.dumps(settings))
+    wanted = json.loads(json.dumps({**asdict(settings), **(note or {})}))
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty and holds no training run; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         with checkpoint.new_file(file) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+            temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         return
     found = json.loads(file.read_text())
-    changed = [name for name in sorted(found | settings) if found.get(name) != settings.get(name)]
+    changed = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
     if changed:
         first = changed[0]
         raise ValueError(
             f"{out} holds a run with other settings ({', '.join(changed)}; {first} was {found.get(first)!r}, now "
-            f"{settings.get(first)!r}); repeat its command to go on, or name a new folder"
+            f"{wanted.get(first)!r}); repeat its command to go on, or name a new folder"
         )
 
 
@@ -186,8 +191,9 @@ class _Log:
         )
         self.window = []
         self.last = {"step": done} | {name: float(values.mean()) for name, values in every.items()}
-        if not np.isfinite(self.last["loss"]):
-            raise FloatingPointError(f"the loss is {self.last['loss']} at update {done}; lower the learning rate")
+        for name in ("loss", "gradient_norm"):  # a finite loss may come with a gradient that spoils the parameters
+            if not np.isfinite(self.last[name]):
+                raise FloatingPointError(f"{name} is {self.last[name]} at update {done}; lower the learning rate")
         self.last["learning_rate"] = float(self.rate(done - 1))
         self.rows.append(self.last)
         with self.file.open("a") as file:

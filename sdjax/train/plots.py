@@ -74,7 +74,7 @@ def curves(
             draw.line(line, fill=colour, width=2)
         else:
             draw.circle(line[0], 3, fill=colour)
-        draw.text((right - 6, top + 4 + i * TEXT_HEIGHT), name, fill=colour, font=_font(), anchor="ra")
+        draw.text((left + 6, bottom - 4 - i * TEXT_HEIGHT), name, fill=colour, font=_font(), anchor="ld")
     return image
 
 

@@ -71,7 +71,8 @@ def optimizer(
     if kind == "adamw":
         update = optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=decays)
     elif kind == "adafactor":
-        update = optax.adafactor(rate, weight_decay_rate=weight_decay or None, weight_decay_mask=decays)
+        whole = optax.adafactor(weight_decay_rate=weight_decay or None, weight_decay_mask=decays)
+        update = optax.chain(whole, optax.scale_by_learning_rate(rate, flip_sign=False))  # decay included, as in AdamW
     else:
         raise ValueError(f"the optimizer must be adamw or adafactor, found {kind!r}")
     return optax.chain(optax.clip_by_global_norm(clip), update)
@@ -129,7 +130,7 @@ def make_step(
         params = optax.apply_updates(state.params, change)
         decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.ema, 1 - decay)
-        metrics |= {"gradient_norm": optax.global_norm(gradient)}
+        metrics |= {"gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, optimizer_state, average), metrics
 
     return step

@@ -1,0 +1,136 @@
+"""`sdjax train vae|clip|unet --data D --out O`: the options, and a readable account of one training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sdjax.config import BOX_VISION, PRESETS, CLIPVisionConfig
+from sdjax.train.settings import Settings
+
+PARTS = {
+    "vae": "the autoencoder, by the evidence lower bound; needs pictures",
+    "clip": "the text encoder, by contrast with pictures; needs captions",
+    "unet": "the UNet, by the prediction of noise; needs captions, and the other two parts trained",
+}
+VISION = {"small-64": BOX_VISION, "vit-l-14": CLIPVisionConfig()}
+ONLY = {  # settings that are not for every part
+    "prompt_dropout": ("unet",),
+    "min_snr": ("unet",),
+    "noise_offset": ("unet",),
+    "remat": ("unet",),
+    "sigma": ("vae",),
+    "kl_weight": ("vae",),
+    "l1": ("vae",),
+    "flip": ("vae", "clip"),
+}
+
+
+def add_parser(commands: Any, console: Console) -> None:
+    """Adds `train` and its three parts to the command line; notes and progress go to `console`."""
+    train = commands.add_parser("train", help="train a part of a model", description="Train a part of a model.")
+    parts = train.add_subparsers(required=True, metavar="vae|clip|unet")
+    for part, text in PARTS.items():
+        command = parts.add_parser(part, help=text, description=f"Train {text}. The same command again goes on.")
+        add = command.add_argument
+        add("--data", required=True, metavar="D", help="a folder of pictures with captions, or WebDataset .tar shards")
+        add("--out", required=True, metavar="O", help="folder of the run; the finished model is O/model")
+        start = command.add_mutually_exclusive_group(required=True)
+        start.add_argument("--model", metavar="M", help="start from this model, anything that txt2img takes")
+        start.add_argument("--preset", choices=sorted(PRESETS), help="start from nothing, with these networks")
+        add("--tokenizer", metavar="DIR", help="with --preset: vocab.json and merges.txt (CLIP's own)")
+        add("--skip-bad", action="store_true", help="leave out broken pictures and captions instead of refusing")
+        if part == "clip":
+            add("--vision", choices=sorted(VISION), default="vit-l-14", help="the image encoder (vit-l-14)")
+        _add_settings(command, part)
+        command.set_defaults(run=lambda options: run(options, console), part=part)
+
+
+def _add_settings(command: argparse.ArgumentParser, part: str) -> None:
+    """An option for each field of `Settings` that `part` has a use for."""
+    hints = typing.get_type_hints(Settings)
+    for field in dataclasses.fields(Settings):
+        if part not in ONLY.get(field.name, (part,)):
+            continue
+        flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
+        if hint is bool:
+            command.add_argument(flag, action="store_true")
+        elif typing.get_origin(hint) is typing.Literal:
+            command.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=f"({field.default})")
+        else:
+            kind = int if hint is int else float
+            shown = "off" if field.default is None else field.default
+            command.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"({shown})")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """One training, from the options to the finished model."""
+    from sdjax.train.data import open_dataset
+    from sdjax.train.loop import claim, train
+    from sdjax.train.tasks import clip_task, unet_task, vae_task
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
+    part, out = options.part, Path(options.out)
+    data = open_dataset(options.data, captions=part != "vae", on_error="skip" if options.skip_bad else "refuse")
+    for name, reason in data.skipped.items():
+        console.print(f"sdjax: note: left out {name}: {reason}", markup=False)
+    note = {
+        "part": part,
+        "data": str(Path(options.data).resolve()),
+        "examples": len(data),
+        "model": options.model or options.preset,
+        "vision": getattr(options, "vision", None),
+    }
+    claim(out, settings, note)
+    model = _start(options, settings)
+    cache = out / "cache"
+    if part == "vae":
+        task = vae_task(model, data, settings, cache)
+    elif part == "clip":
+        task = clip_task(model, VISION[options.vision], data, settings, cache)
+    else:
+        task = unet_task(model, data, settings, cache)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(f"training {part}", total=settings.steps)
+
+        def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+            loss = f", loss {metrics['loss']:.4g}" if "loss" in metrics else ""
+            bars.update(bar, completed=done, description=f"training {part}{loss}")
+
+        train(task, settings, out, note=note, progress=progress)
+    print(out / "model")
+    return 0
+
+
+def _start(options: argparse.Namespace, settings: Settings) -> Any:
+    """The model that training starts from.
+
+    Raises:
+        ValueError: the tokenizer does not fit the preset, or comes with a whole model.
+    """
+    from sdjax.load import load
+    from sdjax.models.params import initial_params
+    from sdjax.pipeline import Pipeline
+    from sdjax.tokenizer import Tokenizer, clip_tokenizer
+
+    if options.model is not None:
+        if options.tokenizer is not None:
+            raise ValueError("--tokenizer goes with --preset; a model brings its own")
+        return load(options.model)
+    config = PRESETS[options.preset]
+    tokenizer = clip_tokenizer() if options.tokenizer is None else Tokenizer.from_folder(options.tokenizer)
+    if tokenizer.vocab_size != config.clip.vocab_size:
+        raise ValueError(
+            f"the preset {config.name} has a vocabulary of {config.clip.vocab_size} tokens and the tokenizer "
+            f"{tokenizer.vocab_size}; give one of that size with --tokenizer"
+        )
+    return Pipeline(config, initial_params(config, settings.seed), tokenizer, config.name)
