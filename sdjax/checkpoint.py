@@ -17,7 +17,6 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from sdjax.models.params import abstract_params
 from sdjax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
-PIECE = 2**28  # bytes of parameters that are written together
+PIECE = 2**29  # bytes of parameters that are written together
 TENSORS = "params.safetensors"
 CONFIG_BOUND = 2**20  # bytes; a real config.json has 1.5 kB
 
@@ -157,10 +156,10 @@ def save(
         context = ocp.Context()
         context.array.saving.use_compression = False
         context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
-        with context, ThreadPoolExecutor(2) as pool:
+        with context:
             saved = None
             for piece in _pieces(params):
-                arrays = list(pool.map(_array, piece.values()))  # while the piece before is written
+                arrays = [_array(leaf) for leaf in piece.values()]  # while the piece before is written
                 if saved is not None:
                     saved.result()
                 saved = ocp.partial.save_async(folder / "params", _nested(dict(zip(piece, arrays, strict=True))))

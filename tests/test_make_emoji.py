@@ -167,7 +167,7 @@ def test_standardised_model_has_unit_latents_and_draws_the_same_pictures(tmp_pat
     after = train_box.standardised(model, data)
     assert after.params["unet"] is model.params["unet"]
 
-    pictures = np.stack([data.picture(i, 16) for i in range(70)]).astype(np.float32) / 127.5 - 1
+    pictures = np.stack([data.picture(i, MINI.image_size) for i in range(70)]).astype(np.float32) / 127.5 - 1
     vae = VAE(MINI.vae)
     encode = jax.jit(lambda params: vae.apply({"params": params}, pictures, method="encode"))
     decode = jax.jit(lambda params, z: vae.apply({"params": params}, z, method="decode"))

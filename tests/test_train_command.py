@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from convert.write import write_safetensors
-from sdjax import checkpoint, cli
+from sdjax import cli
 from sdjax.config import TINY
 from sdjax.models.params import random_params
 from sdjax.train import command

@@ -8,15 +8,16 @@ prints the medians. The conversions: to a checkpoint of ours, and to .safetensor
 
 Bounds: time at most 2 times the copy, peak resident memory at most 1.3 times the file.
 
-Two CPU cores of a virtual machine, ext4, 2026-11-21, medians of 3 (before .safetensors was written in small slices):
+Two CPU cores of a virtual machine, ext4, 2026-11-21, medians of 2:
 
                              seconds  times the copy  peak memory  times the file (4,265,262,285 bytes)
-    copy (cp)                    4.6            1.00
-    to an sdjax checkpoint      25.2            5.42      1.28 GB            0.30
-    to .safetensors             14.3            3.08      0.43 GB            0.10
+    copy (cp)                    4.1            1.00
+    to an sdjax checkpoint      20.8            5.08      1.74 GB            0.41
+    to .safetensors              9.7            2.36      0.41 GB            0.10
 
-The bound on memory is met, the one on time is not. Reading, checking and laying out all tensors takes 1.5 s of it and
-starting up 4 s; the rest is the kernel handing out pages for the output, which this machine does at 0.3 to 1 GB/s.
+The bound on memory is met, the one on time is not. Starting up takes 3.5 s of it (two thirds are Flax tracing the
+networks for their shapes), and turning the kernels to our layout 5 s; the rest of a checkpoint of ours is the kernel
+handing out pages for buffers and files, 12 s of system time.
 """
 
 import argparse

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -51,6 +52,11 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
+def fan_in_normal(key: Array, shape: tuple[int, ...]) -> Array:
+    """Initial kernels f32[..., in, out]: normal with variance 1 / fan_in (LeCun et al. 1998, section 4.6)."""
+    return jax.random.normal(key, shape) * math.prod(shape[:-1]) ** -0.5
+
+
 def tile_rows(x: Array, rows: int) -> Array:
     """x, f[b, ...], repeated as a whole along the batch to `rows` rows (a multiple of b)."""
     return x if x.shape[0] == rows else jnp.tile(x, (rows // x.shape[0],) + (1,) * (x.ndim - 1))
@@ -64,7 +70,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = self.param("kernel", fan_in_normal, (x.shape[-1], self.features))
         y = jnp.dot(x.astype(kernel.dtype), kernel)
         return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else y
 
@@ -81,7 +87,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", fan_in_normal, shape)
         x = x.astype(kernel.dtype)
         if self.stride == 1 and x.shape[1] * x.shape[2] <= CPU_SMALL_MAP:
             y = lax.platform_dependent(x, kernel, cpu=self.by_product, default=self.by_convolution)
