@@ -62,7 +62,8 @@ def train(
     """Runs a training to its end, from where an earlier run in `out` stopped, and returns the model.
 
     note: what else must be the same for a run to go on (data, starting model); kept in settings.json. If the task's
-    cache is to lie in `out`, call `claim` with the same arguments before making the task. Uses every local device: batches are split over them, with `settings.shard` the state, too.
+    cache is to lie in `out`, call `claim` with the same arguments before making the task. Uses every local device:
+    batches are split over them, with `settings.shard` the state, too.
 
     Raises:
         ValueError: `out` holds another run, or the batch does not divide over devices and parts. FloatingPointError:
