@@ -1,6 +1,6 @@
 """The README's pictures of the model in the box: what it draws, image to image, inpainting.
 
-    python examples/box_sheets.py sheets [--model FOLDER]
+    python examples/box_sheets.py run/box sheets
 
 writes sheets/drawn.png, sheets/image_to_image.png and sheets/inpainting.png, and prints how far each picture of image
 to image is from its input: the root mean squared difference of a value in [0, 1]. Some minutes on two CPU cores.
@@ -100,8 +100,8 @@ def inpainting(pipe: Pipeline) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="what examples/train_box.py wrote, or anything else that sdjax.load takes")
     parser.add_argument("out", type=Path, help="folder for the sheets")
-    parser.add_argument("--model", help="anything that sdjax.load takes (default: the model in the box)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     pipe = sdjax.load(options.model)

@@ -1,11 +1,12 @@
-"""Trains the model in the box, all three parts, and writes the files that sdjax/assets/box holds.
+"""Trains a small text-to-image model, all three parts, on emoji and their names.
 
     apt-get install fonts-noto-color-emoji unicode-data unicode-cldr-core
     python examples/train_box.py run
 
 Everything lies in run/: the data set, a training run for each part (loss.png and samples/ show how far it is), and at
-the end run/box. Interrupt it as you like; the same command goes on. On two CPU cores it takes some hours, on a GPU
-minutes (--gpu: larger batches). --scale 0.01 is a rehearsal of the whole way.
+the end run/box: `sdjax txt2img "red heart" --model run/box`. Interrupt it as you like; the same command goes on. On two
+CPU cores it takes six hours; --gpu is for longer trainings in larger batches. --scale 0.01 is a rehearsal of the whole
+way. No finished run has been measured yet.
 """
 
 from __future__ import annotations

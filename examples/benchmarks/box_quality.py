@@ -1,7 +1,9 @@
 """How well the model in the box draws what it is told: one table, the same numbers at every run.
 
     python examples/make_emoji.py emoji
-    python examples/benchmarks/box_quality.py emoji [--model FOLDER] [--out DIR] [--curves]
+    python examples/benchmarks/box_quality.py emoji run/box [--out DIR] [--curves]
+
+where run/box is what examples/train_box.py wrote.
 
 Pictures are compared pixel by pixel: the distance of two is the root of the summed squared differences of their RGB
 values in [0, 1]. A picture's rank is the number of gallery pictures at least as near as the one that its caption names;
@@ -44,7 +46,6 @@ from sdjax.models.clip import ImageEncoder, TextEncoder
 from sdjax.pipeline import Pipeline, decode_latents, encode_images
 from sdjax.train.plots import curves, sheet
 
-BOX_FOLDER = Path(sdjax.__file__).parent / "assets" / "box"
 BATCH = 32
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "grey", "pink")
 SHAPES = ("heart", "circle", "square")
@@ -376,7 +377,7 @@ def table(results: Mapping[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that examples/make_emoji.py wrote")
-    parser.add_argument("--model", type=Path, default=BOX_FOLDER, help="folder of the model (default: the box's)")
+    parser.add_argument("model", type=Path, help="folder that examples/train_box.py wrote, run/box")
     parser.add_argument("--out", type=Path, help="folder for quality.json, sheets and plots (default: none written)")
     parser.add_argument("--captions", type=int, default=200, help="names of trained base emoji to draw (200)")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each (2)")

@@ -3,7 +3,7 @@
 Everything that training needs to go on lies in `TrainState`; randomness is `fold_in(key, step)`, so that a state and a
 batch always give the same next state, whether the run was interrupted in between or not. Parameters and optimiser are
 float32 masters; the loss may compute in bfloat16. Over devices it is the same function: shard the batch and the state
-(`shard`), and jit does the rest.
+(`state_sharding`, `batch_sharding`), and jit does the rest.
 """
 
 from __future__ import annotations
