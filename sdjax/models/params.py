@@ -42,24 +42,36 @@ def _init(config: ModelConfig, part: str, key: Array) -> Params:
 
 
 def initial_params(config: ModelConfig, seed: int = 0, parts: Sequence[str] = PARTS) -> Params:
-    """Where training from nothing starts: f32 arrays on the device, for the parts asked for.
+    """Where training from nothing starts: f32 numpy arrays, for the parts asked for.
 
-    Kernels are normal with variance 1 / fan_in, biases 0, norm scales 1. The last map of every residual branch of the
-    UNet, and its output, are 0: each block begins as the identity (Dhariwal & Nichol 2021, appendix; Ho et al. 2020's
-    code).
+    Kernels are normal with variance 1 / fan_in, embeddings normal with 0.02, biases 0, norm scales 1. The last map of
+    every residual branch of the UNet, and its output, are 0: each block begins as the identity (Dhariwal & Nichol 2021,
+    appendix; Ho et al. 2020's code).
     """
 
-    def init(key: Array) -> Params:
-        params = {part: _init(config, part, jax.random.fold_in(key, PARTS.index(part))) for part in parts}
-        if "unet" in params:
-            params["unet"] = jax.tree_util.tree_map_with_path(_zero_last_maps, params["unet"])
-        return params
+    def fill(part: str, rng: np.random.Generator, path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name, owner = path[-1].key, path[max(0, len(path) - 2)].key
+        if name == "scale":
+            return np.ones(leaf.shape, np.float32)
+        if name == "bias" or (part == "unet" and owner in ("conv2", "proj_out", "conv_out")):
+            return np.zeros(leaf.shape, np.float32)
+        return _random(rng, name, leaf.shape)
 
-    return jax.jit(init)(jax.random.key(seed))
+    shapes = abstract_params(config)
+    return {
+        part: jax.tree_util.tree_map_with_path(
+            partial(fill, part, np.random.default_rng([seed, PARTS.index(part)])), shapes[part]
+        )
+        for part in parts
+    }
 
 
-def _zero_last_maps(path: tuple, leaf: Array) -> Array:
-    return jnp.zeros_like(leaf) if path[-2].key in ("conv2", "proj_out", "conv_out") else leaf
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A kernel with variance 1 / fan_in, CLIP's first temperature, or anything else with standard deviation 0.02."""
+    if name == "logit_scale":
+        return np.full(shape, math.log(1 / 0.07), np.float32)
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    return noise * np.float32(math.prod(shape[:-1]) ** -0.5 if name == "kernel" else 0.02)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -82,15 +94,10 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: str = "float32") ->
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         name = path[-1].key
-        noise = rng.standard_normal(leaf.shape, dtype=np.float32)
-        if name == "kernel":
-            noise *= float(np.prod(leaf.shape[:-1])) ** -0.5
-        elif name == "scale":
-            noise = 1 + 0.1 * noise
-        elif name == "logit_scale":
-            noise = np.log(1 / 0.07) + 0 * noise
+        if name == "scale":
+            values = 1 + np.float32(0.1) * rng.standard_normal(leaf.shape, dtype=np.float32)
         else:
-            noise *= 0.02
-        return np.asarray(noise, jnp.dtype(dtype))
+            values = _random(rng, name, leaf.shape)
+        return np.asarray(values, jnp.dtype(dtype))
 
     return jax.tree_util.tree_map_with_path(fill, abstract_params(config))

@@ -2,6 +2,7 @@
 
 import pytest
 
+
 @pytest.fixture
 def measure(record_property):
     """measure(name, error, bar): asserts error < bar, and keeps the figure for the table."""
