@@ -23,6 +23,7 @@ from make_emoji import build
 
 from sdjax.checkpoint import read_tensors, write_tensors
 from sdjax.config import BOX, BOX_VISION
+from sdjax.image import from_uint8
 from sdjax.models.params import initial_params
 from sdjax.models.vae import VAE
 from sdjax.pipeline import Pipeline
@@ -58,8 +59,8 @@ def standardised(model: Pipeline, data: Dataset) -> Pipeline:
     """
     config, vae = model.config, dict(model.params["vae"])
     encode = jax.jit(lambda params, x: VAE(config.vae).apply({"params": params}, x, method="encode").mean)
-    pictures = [data.picture(i, config.image_size) for i in range(len(data))]
-    batches = [np.stack(pictures[i : i + 64]).astype(np.float32) / 127.5 - 1 for i in range(0, len(pictures), 64)]
+    pictures = from_uint8(data.pictures(range(len(data)), config.image_size))
+    batches = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
     means = np.concatenate([np.asarray(encode(vae, batch)) for batch in batches])
     mean, std = means.mean((0, 1, 2), dtype=np.float64), means.std((0, 1, 2), dtype=np.float64)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from sdjax.types import Array
 MAX_PIXELS = 1024 * 1024
 """Working size of a photograph when none was asked for: larger ones are worked on at this area."""
 
+AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 ImageLike = str | Path | Image.Image
 
 
@@ -141,7 +143,12 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def to_array(image: Image.Image) -> np.ndarray:
     """RGB picture -> f32[H, W, 3] in [-1, 1]."""
-    return np.asarray(image, np.float32) / 127.5 - 1
+    return from_uint8(np.asarray(image))
+
+
+def from_uint8(pixels: AnyArray) -> AnyArray:
+    """u8[..., 3] -> f32[..., 3] in [-1, 1], numpy or JAX as it came; traceable."""
+    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def to_uint8(images: Array) -> Array:

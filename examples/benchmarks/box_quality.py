@@ -42,6 +42,7 @@ import sdjax
 from sdjax.checkpoint import read_tensors
 from sdjax.config import BOX_VISION
 from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.image import from_uint8
 from sdjax.models.clip import ImageEncoder, TextEncoder
 from sdjax.pipeline import Pipeline, decode_latents, encode_images
 from sdjax.train.plots import curves, sheet
@@ -225,7 +226,7 @@ def draw(pipe: Pipeline, prompts: Sequence[str], count: int, **settings: Any) ->
 
 def reconstruct(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     """The pictures through the autoencoder, by way of the posterior's mean, clipped and in 8 bit."""
-    latents = encode_images(pipe.params["vae"], pictures.astype(np.float32) / 127.5 - 1, config=pipe.config)
+    latents = encode_images(pipe.params["vae"], from_uint8(pictures), config=pipe.config)
     return np.asarray(decode_latents(pipe.params["vae"], latents, config=pipe.config))
 
 
@@ -236,7 +237,7 @@ def embed(pipe: Pipeline, folder: Path, names: list[str], pictures: np.ndarray) 
     text = jax.jit(lambda ids: TextEncoder(clip).apply({"params": pipe.params["text"]}, ids).pooled)  # type: ignore
     image = jax.jit(partial(ImageEncoder(BOX_VISION).apply, {"params": tower}))
     ids = pipe.tokenizer(names, clip.length, clip.pad_token)
-    parts = [image(pictures[i : i + 256].astype(np.float32) / 127.5 - 1) for i in range(0, len(pictures), 256)]
+    parts = [image(from_uint8(pictures[i : i + 256])) for i in range(0, len(pictures), 256)]
     return np.asarray(text(ids)), np.concatenate(parts)  # type: ignore[arg-type]
 
 

@@ -13,11 +13,11 @@ import json
 import math
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count as numbers_from
 from pathlib import Path
 from typing import TypeVar
@@ -66,7 +66,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.examples)
 
-    @property
+    @cached_property
     def weights(self) -> np.ndarray:
         """f64[examples]"""
         return np.array([example.weight for example in self.examples])
@@ -83,6 +83,10 @@ class Dataset:
                 return np.array(fit(load_image(image), (size, size)))
         except UNREADABLE as error:
             raise ValueError(f"{example.name}: {_reason(error)}") from None
+
+    def pictures(self, index: Iterable[int], size: int) -> np.ndarray:
+        """Several examples as u8[b, size, size, 3]. Raises as `picture`."""
+        return np.stack([self.picture(int(i), size) for i in index])
 
 
 @contextmanager

@@ -228,7 +228,7 @@ def contrastive_loss(image: Array, text: Array, logit_scale: Array, same: Array 
 
     Metrics: "loss"; "accuracy", the part of the pictures whose nearest text of the batch is right; "scale", the factor.
     """
-    image, text = (_unit(x.astype(jnp.float32)) for x in (image, text))
+    image, text = (unit(x.astype(jnp.float32)) for x in (image, text))
     logit_scale = logit_scale.astype(jnp.float32)
     excess = jnp.maximum(logit_scale - math.log(MAX_LOGIT_SCALE), 0)
     scale = jnp.exp(logit_scale - lax.stop_gradient(excess))
@@ -239,7 +239,8 @@ def contrastive_loss(image: Array, text: Array, logit_scale: Array, same: Array 
     return loss, {"loss": loss, "accuracy": accuracy, "scale": scale}
 
 
-def _unit(x: Array) -> Array:
+def unit(x: Array) -> Array:
+    """f[..., d] at length 1."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sdjax.train.losses import Metrics
 from sdjax.types import Array, Params
 
-Metrics = dict[str, Array]
 Loss = Callable[[Params, Any, Any, Array], tuple[Array, Metrics]]
 """(parameters, frozen parameters, batch, key) -> (f32[], metrics f32[] by name)."""
 

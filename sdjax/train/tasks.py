@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 
 from sdjax.config import CLIPVisionConfig, ModelConfig
 from sdjax.diffusion.schedule import noise_schedule
-from sdjax.image import to_images, to_uint8
+from sdjax.image import from_uint8, to_images, to_uint8
 from sdjax.models.clip import ImageEncoder, TextEncoder
 from sdjax.models.params import initial_params
 from sdjax.models.unet import UNet
@@ -30,10 +30,10 @@ from sdjax.models.vae import VAE, Posterior
 from sdjax.pipeline import Pipeline, encode_text
 from sdjax.tokenizer import Tokenizer
 from sdjax.train.data import Dataset, cached, caption, fingerprint, order
-from sdjax.train.losses import contrastive_loss, diffusion_loss, drop_prompts, vae_loss
+from sdjax.train.losses import Metrics, contrastive_loss, diffusion_loss, drop_prompts, unit, vae_loss
 from sdjax.train.plots import sheet
 from sdjax.train.settings import Settings
-from sdjax.train.step import Loss, Metrics
+from sdjax.train.step import Loss
 from sdjax.types import Array, Params
 
 SHEET = 8
@@ -61,17 +61,12 @@ class Task:
     beside: Callable[[Params], Params] | None = None
 
 
-def to_unit(pictures: Array) -> Array:
-    """u8[..., 3] -> f32[..., 3] in [-1, 1]."""
-    return pictures.astype(jnp.float32) / 127.5 - 1
-
-
 def vae_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -> Task:
     """The autoencoder by the evidence lower bound, on pictures at the model's own size. Captions are not needed."""
     config, vae = model.config, VAE(model.config.vae)
 
     def loss(params: Params, frozen: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
-        images = to_unit(batch["pictures"])
+        images = from_uint8(batch["pictures"])
         posterior: Any = vae.apply({"params": params}, images, method="encode")
         decode = partial(vae.apply, {"params": params}, method="decode")
         options = dict(sigma=settings.sigma, kl_weight=settings.kl_weight, l1=settings.l1)
@@ -82,7 +77,7 @@ def vae_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) ->
 
     @jax.jit
     def reconstruct(params: Params) -> Array:
-        return to_uint8(vae.apply({"params": params}, to_unit(jnp.asarray(first))))  # type: ignore[arg-type]
+        return to_uint8(vae.apply({"params": params}, from_uint8(jnp.asarray(first))))  # type: ignore[arg-type]
 
     def show(params: Params) -> Image.Image:
         return sheet([Image.fromarray(row) for row in first] + to_images(reconstruct(params)), len(first))
@@ -93,7 +88,7 @@ def vae_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) ->
         loss=loss,
         batch=lambda step: {"pictures": _pictures(data, settings, step, read)},
         sheet=show,
-        finish=lambda params: dataclasses.replace(model, params={**model.params, "vae": params}),
+        finish=lambda params: _with_part(model, "vae", params),
     )
 
 
@@ -120,7 +115,7 @@ def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings
 
     def loss(params: Params, frozen: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
         pooled: Any = text.apply({"params": params["text"]}, batch["ids"])
-        embedded: Any = image.apply({"params": params["image"]}, to_unit(batch["pictures"]))
+        embedded: Any = image.apply({"params": params["image"]}, from_uint8(batch["pictures"]))
         ids, index = batch["ids"], batch["index"]
         same = (ids[:, None] == ids[None]).all(-1) | (index[:, None] == index[None])
         return contrastive_loss(embedded, pooled.pooled, params["text"]["logit_scale"], same)
@@ -135,8 +130,8 @@ def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings
     @jax.jit
     def similar(params: Params) -> Array:
         pooled: Any = text.apply({"params": params["text"]}, shown["ids"])
-        embedded: Any = image.apply({"params": params["image"]}, to_unit(jnp.asarray(shown["pictures"])))
-        return _unit(pooled.pooled) @ _unit(embedded).T
+        embedded: Any = image.apply({"params": params["image"]}, from_uint8(jnp.asarray(shown["pictures"])))
+        return unit(pooled.pooled) @ unit(embedded).T
 
     def show(params: Params) -> Image.Image:
         """One row a caption of the first batch: the pictures of that batch that are nearest to it."""
@@ -155,15 +150,9 @@ def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings
         loss=loss,
         batch=batch,
         sheet=show,
-        finish=lambda params: dataclasses.replace(
-            model, config=config, params={**model.params, "text": params["text"]}
-        ),
+        finish=lambda params: dataclasses.replace(_with_part(model, "text", params["text"]), config=config),
         beside=lambda params: {"image": params["image"]},
     )
-
-
-def _unit(x: Array) -> Array:
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def unet_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -> Task:
@@ -175,7 +164,7 @@ def unet_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -
     Raises:
         ValueError: the UNet has channels that a plain picture cannot fill (inpainting models).
     """
-    config, tokenizer = model.config, model.tokenizer
+    config = model.config
     if config.unet.in_channels != config.unet.out_channels:
         raise ValueError(
             f"{model.name} has {config.unet.in_channels} input channels; training is for models with as many as they "
@@ -212,10 +201,14 @@ def unet_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -
         return sheet(finish(params).text_to_image(prompts, batch=len(prompts)), 4, prompts)
 
     def finish(params: Params) -> Pipeline:
-        return Pipeline(config, {**model.params, "unet": params}, tokenizer, model.name)
+        return _with_part(model, "unet", params)
 
     frozen = {"empty": jnp.asarray(states[0])}
     return Task(model.params["unet"], frozen, loss, batch, show, finish)
+
+
+def _with_part(model: Pipeline, part: str, params: Params) -> Pipeline:
+    return dataclasses.replace(model, params={**model.params, part: params})
 
 
 def _drawn(data: Dataset, settings: Settings, step: int) -> tuple[np.ndarray, list[str]]:
@@ -229,14 +222,13 @@ def _drawn(data: Dataset, settings: Settings, step: int) -> tuple[np.ndarray, li
 def _reader(data: Dataset, size: int, cache: Path) -> Callable[[np.ndarray], np.ndarray]:
     """i64[b] -> the pictures, u8[b, size, size, 3]; a data set of up to `PICTURE_BOUND` bytes is decoded only once."""
 
-    def decode(index: Iterable[int]) -> np.ndarray:
-        return np.stack([data.picture(int(i), size) for i in index])
-
     if len(data) * size * size * 3 > PICTURE_BOUND:
-        return decode
+        return lambda index: data.pictures(index, size)
     cache.mkdir(parents=True, exist_ok=True)
     key = _hash(fingerprint(data), size)
-    pictures = cached(cache / "pictures.npy", key, lambda first, last: decode(range(first, last)), len(data))
+    pictures = cached(
+        cache / "pictures.npy", key, lambda first, last: data.pictures(range(first, last), size), len(data)
+    )
     return lambda index: pictures[index]
 
 
@@ -272,15 +264,14 @@ def _cached_moments(model: Pipeline, data: Dataset, cache: Path) -> np.ndarray:
     @jax.jit
     def encode(params: Params, pictures: Array) -> Array:
         def one(picture: Array) -> Array:
-            images = to_unit(picture)[None]
+            images = from_uint8(picture)[None]
             posterior: Any = VAE(config.vae).apply({"params": params}, images, method="encode")
             return jnp.concatenate(posterior, axis=-1)[0]
 
         return jax.lax.map(one, pictures)
 
     def rows(first: int, last: int) -> np.ndarray:
-        pictures = np.stack([data.picture(i, config.image_size) for i in range(first, last)])
-        return np.asarray(encode(model.params["vae"], pictures))
+        return np.asarray(encode(model.params["vae"], data.pictures(range(first, last), config.image_size)))
 
     cache.mkdir(parents=True, exist_ok=True)
     key = _hash(fingerprint(data), config.vae, config.image_size, model.params["vae"])
