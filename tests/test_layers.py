@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sdjax.models import layers
 from sdjax.models.layers import (
     ACTIVATIONS,
-    CPU_SMALL_MAP,
+    CPU_FEW_POSITIONS,
     SCORE_BOUND,
     Conv,
     Dense,
@@ -216,13 +216,13 @@ def test_the_dtype_of_the_parameters_is_the_dtype_of_the_computation(dtype):
         assert module.apply({"params": params}, cast).dtype == dtype
 
 
-@pytest.mark.parametrize("height", [8, 28], ids=["small map", "large map"])
+@pytest.mark.parametrize("height", [8, 28], ids=["few positions", "many"])
 @pytest.mark.parametrize(
     ("size", "stride", "padding"), [(3, 1, (1, 1)), (3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0))], ids=str
 )
 def test_convolutions_are_pytorchs(size, stride, padding, height):
     x, params = normal(0, 2, height, 10, 5), dict(kernel=normal(1, size, size, 5, 7), bias=normal(2, 7))
-    assert (height * 10 <= CPU_SMALL_MAP) == (height == 8)
+    assert (2 * height * 10 <= CPU_FEW_POSITIONS) == (height == 8)
     expected = torch_conv(F.pad(nchw(x), 2 * padding), params, stride, padding=0)
     np.testing.assert_allclose(apply(Conv(7, size, stride, padding), params, x), nhwc(expected), atol=1e-4)
 
