@@ -40,7 +40,7 @@ from sdjax.train.tasks import clip_task, unet_task, vae_task
 CPU = {
     "vae": Settings(steps=9000, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
     "clip": Settings(steps=2500, batch=128, learning_rate=1e-3, weight_decay=0.1, ema=0.99),
-    "unet": Settings(steps=24000, batch=32, learning_rate=1e-3, warmup=300),
+    "unet": Settings(steps=18000, batch=32, learning_rate=1e-3, warmup=300),
 }
 GPU = {
     "vae": dataclasses.replace(CPU["vae"], steps=30000, batch=64, scan=10),
