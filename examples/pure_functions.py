@@ -15,7 +15,7 @@ from PIL import Image
 import sdjax
 from sdjax import pipeline
 from sdjax.diffusion.sample import image_keys, initial_noise
-from sdjax.diffusion.schedule import noise_schedule
+from sdjax.request import Request, plan, stacked
 
 
 def main() -> None:
@@ -33,26 +33,25 @@ def main() -> None:
     # 2. Text encoder, then the keys and values of every cross-attention, once
     context = pipeline.encode_text(params["text"], ids, config=config)
     kv = pipeline.text_kv(params["unet"], context, config=config)
-    # 3. The sampler's table for these noise levels, and what the UNet computes from the timesteps alone
-    schedule, sampler = noise_schedule(config.schedule), sdjax.SAMPLERS["dpmpp_2m"]
-    sigma = schedule.levels(options.steps, "karras")
-    rows = pipeline.time_tables(params["unet"], sampler.rows(schedule, sigma), config=config)
+    # 3. The sampler's table for these settings, and what the UNet computes from the timesteps alone
+    request = Request(options.prompt, steps=options.steps, sampler="dpmpp_2m", spacing="karras", guidance=7.5)
+    worked_out = plan(request, config)
+    rows, calls = stacked([worked_out])
+    rows = pipeline.time_tables(params["unet"], rows, config=config)
     # 4. One key per picture; the start is noise with the spread of the first level
     keys = image_keys([0])
     side = config.image_size // config.vae.downscale
-    x = initial_noise(keys, (side, side, config.vae.latent_channels)) * np.float32(np.sqrt(sigma[0] ** 2 + 1))
-    # 5. The whole loop, one program
+    shape = (1, side, side, config.vae.latent_channels)
+    x = initial_noise(keys, shape[1:]) * np.float32(np.sqrt(worked_out.sigma**2 + 1))
+    # 5. The whole loop, one program for all settings
     inputs = pipeline.Inputs(
         unet=params["unet"],
         context_kv=kv,
-        guidance=jnp.float32(7.5),
-        rescale=jnp.float32(0),
-        interval=(jnp.float32(-1), jnp.float32(jnp.inf)),
-        known=None,
-        mask=None,
-        concat=None,
+        known=jnp.zeros(shape),
+        mask=jnp.ones((*shape[:3], 1)),
+        concat=jnp.zeros((*shape[:3], 0)),
     )
-    latents = pipeline.generate_latents(inputs, rows, x, keys, config=config, method=sampler.method, is_guided=True)
+    latents = pipeline.generate_latents(inputs, rows, np.int32(calls), x, keys, config=config)
     # 6. to 8. Decoder, to bytes on the device, one transfer
     pixels = pipeline.decode_latents(params["vae"], latents, config=config)
     Image.fromarray(np.asarray(jax.device_get(pixels))[0]).save(options.output)

@@ -13,6 +13,7 @@ from sdjax.diffusion.schedule import SPACINGS
 from sdjax.load import load
 from sdjax.models.params import random_params
 from sdjax.pipeline import Pipeline
+from sdjax.request import Request
 from sdjax.tokenizer import Tokenizer
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TINY",
     "ModelConfig",
     "Pipeline",
+    "Request",
     "Tokenizer",
     "__version__",
     "cast",

@@ -1,4 +1,4 @@
-"""The command line: `sdjax txt2img | img2img | inpaint | train | info | selftest`.
+"""The command line: `sdjax txt2img | img2img | inpaint | batch | train | warmup | info | selftest`.
 
 Options left out take the values of the recipe given by --recipe, else the defaults of `Pipeline`. Whatever goes wrong
 with what the user gave is one line on the error stream and exit status 2; pictures made before that are kept.
@@ -10,9 +10,10 @@ import argparse
 import dataclasses
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
+from sdjax.request import NOISES
 from sdjax.train import command as train_command
 
 TASKS = ("txt2img", "img2img", "inpaint")
@@ -32,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "steps": None,
     "guidance": None,
     "guidance_rescale": 0.0,
+    "guidance_interval": (0.0, 1.0),
     "sampler": None,
     "spacing": None,
     "eta": None,
@@ -39,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "size": None,
     "dtype": "float32",
     "strength": None,
+    "noise": "jax",
     "image": None,
     "mask": None,
 }
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: console.print(f"sdjax: note: {message}", markup=False)
         try:
+            if not getattr(options, "no_compile_cache", True):
+                _keep_programs()
             return options.run(options)
         except (ValueError, TypeError, OSError, FloatingPointError) as error:
             line = " ".join(str(error).split())
@@ -63,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             console.print("sdjax: interrupted; what was made so far is kept", markup=False)
             return 130
+
+
+def _keep_programs() -> None:
+    from sdjax.compilation import keep_programs
+    from sdjax.load import programs_folder
+
+    keep_programs(programs_folder())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(task, help=texts[task], description=texts[task] + ".")
         command.set_defaults(run=generate, task=task)
         _add_settings(command, task)
+    _add_batch(commands)
     train_command.add_parser(commands, console)
+    _add_warmup(commands)
     info = commands.add_parser("info", help="what a picture was made from, or what a model holds")
-    info.add_argument("path", help="a PNG, a checkpoint, a folder, a hub id or short name")
+    info.add_argument("path", help="a picture, a checkpoint, a folder, a hub id or short name")
     info.set_defaults(run=show_info)
     test = commands.add_parser("selftest", help="check the numerics on this device against PyTorch's")
     test.add_argument("--model", help="check this model's networks too, against float32 on the CPU")
@@ -95,12 +110,20 @@ def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
         add("image", nargs="?", help="the picture to start from, any size and format")
     if task == "inpaint":
         add("mask", nargs="?", help="white where the picture is to be made anew, black where it is to stay")
-    add("-o", "--output", default=".", metavar="FILE|DIR", help="a .png, or a folder for numbered ones (default: here)")
+    add(
+        "-o",
+        "--output",
+        default=".",
+        metavar="FILE|DIR",
+        help="a .png, .webp or .jpg, or a folder (here)",
+    )
     add("--negative-prompt", metavar="TEXT", help="what not to paint")
     add("--model", metavar="M", help="a checkpoint, .ckpt, .safetensors, diffusers folder, hub id or short name")
     add("--steps", type=int, metavar="N", help="sampling steps (25, or as the model says)")
     add("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 for none (7.5, or as the model says)")
     add("--guidance-rescale", type=float, metavar="R", help="against overexposure, 0 to 1 (0)")
+    ends = ("START", "STOP")
+    add("--guidance-interval", type=float, nargs=2, metavar=ends, help="fractions of the steps; 1 outside (0 1)")
     add("--sampler", metavar="S", help=f"{', '.join(SAMPLERS)} (dpmpp_2m, or as the model says)")
     add("--spacing", metavar="K", help=f"{', '.join(SPACINGS)} (karras, or as the model says)")
     add("--eta", type=float, metavar="E", help="noise of the sampler ddim, 0 to 1 (0)")
@@ -109,30 +132,137 @@ def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
     add("--count", type=int, default=1, metavar="N", help="pictures to make, with seeds SEED, SEED+1, ... (1)")
     add("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own, or the picture's)")
     add("--dtype", metavar="D", help="float32, bfloat16 or float16 (float32)")
+    add("--noise", choices=NOISES, help="where seeds' noise comes from; torch: as diffusers on a CPU (jax)")
     if task != "txt2img":
         add("--strength", type=float, metavar="X", help=f"how much to change, 0 to 1 ({STRENGTH[task]})")
-    add("--recipe", metavar="PNG", help="take everything not given here from this picture's recipe")
+    add("--no-compile-cache", action="store_true", help="do not keep compiled programs in SDJAX_CACHE")
+    add("--recipe", metavar="PICTURE", help="take everything not given here from this picture's recipe")
+
+
+def _add_batch(commands: Any) -> None:
+    text = "make the pictures of a job file; the same command again goes on"
+    command = commands.add_parser("batch", help=text, description=text + ".")
+    add = command.add_argument
+    add("jobs", help="a .jsonl of requests, a .csv of them, a .txt of prompts, or - for JSON lines from standard input")
+    add("-o", "--output", required=True, metavar="DIR", help="folder of the job: pictures and manifest.jsonl")
+    add("--model", metavar="M", help="anything that txt2img takes")
+    add("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (float32)")
+    add("--batch", type=int, default=8, metavar="N", help="pictures made at once (8)")
+    add("--format", choices=["png", "webp", "jpg"], default="png", help="of the pictures (png)")
+    add("--shards", action="store_true", help="WebDataset .tar shards instead of single files")
+    add("--skip-bad", action="store_true", help="leave out lines that are no requests, into rejected.jsonl")
+    add("--no-compile-cache", action="store_true", help="do not keep compiled programs in SDJAX_CACHE")
+    add("--dry-run", action="store_true", help="check the job and print the plan alone")
+    group = command.add_argument_group("for lines that do not say otherwise")
+    for name, kind in (("negative-prompt", str), ("sampler", str), ("spacing", str), ("size", str), ("noise", str)):
+        group.add_argument(f"--{name}", type=kind, metavar="X")
+    for name in ("steps", "seed", "count", "clip-skip"):
+        group.add_argument(f"--{name}", type=int, metavar="N")
+    for name in ("guidance", "guidance-rescale", "eta"):
+        group.add_argument(f"--{name}", type=float, metavar="X")
+    command.set_defaults(run=batch, model="")
+
+
+def _add_warmup(commands: Any) -> None:
+    text = "compile what pictures of a size need, ahead of time"
+    command = commands.add_parser("warmup", help=text, description=text + ", and print each program's seconds.")
+    add = command.add_argument
+    add("--model", default="", metavar="M", help="anything that txt2img takes")
+    add("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (float32)")
+    add("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own)")
+    add("--count", type=int, default=1, metavar="N", help="pictures made at once (1)")
+    command.set_defaults(run=warmup, no_compile_cache=False)
+
+
+def warmup(options: argparse.Namespace) -> int:
+    """Compiles every program for one size and number of pictures."""
+    from sdjax.compilation import warm_up
+    from sdjax.load import programs_folder
+
+    size = _size(options.size)
+    with _progress(options.model) as (on_convert, _):
+        pipe = _load(options.model, options.dtype, on_convert)
+    width, height = size or (pipe.config.image_size, pipe.config.image_size)
+    seconds = warm_up(pipe, width, height, options.count)
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        if value >= 0.1:
+            print(f"{value:7.1f} s  {name}")
+    print(f"{sum(seconds.values()):7.1f} s  {len(seconds)} programs; kept in {programs_folder()}")
+    return 0
+
+
+LINE_DEFAULTS = (
+    *("negative_prompt", "sampler", "spacing", "size", "noise", "steps", "seed", "count", "clip_skip"),
+    *("guidance", "guidance_rescale", "eta"),
+)
+
+
+def batch(options: argparse.Namespace) -> int:
+    """A job file in, pictures out; exit status 1 if some could not be made."""
+    from sdjax import batch as jobs
+    from sdjax.request import check_settings
+
+    check_settings(batch=options.batch)
+    defaults = {name: getattr(options, name) for name in LINE_DEFAULTS if getattr(options, name) is not None}
+    out, kind = Path(options.output), ".jsonl" if options.jobs == "-" else Path(options.jobs).suffix.lower()
+    if kind not in (".jsonl", ".csv", ".txt"):
+        raise ValueError(f"{options.jobs}: expected a job file that ends in .jsonl, .csv or .txt, or -")
+    if options.jobs != "-" and not Path(options.jobs).is_file():
+        raise FileNotFoundError(f"{options.jobs}: no such job file")
+    settings = {"model": options.model, "dtype": options.dtype, "format": options.format, "shards": options.shards}
+    with jobs.at_work(out):
+        with (
+            nullcontext(sys.stdin) if options.jobs == "-" else open(options.jobs, encoding="utf-8", newline="") as file
+        ):
+            rejected = jobs.prepare(file, kind, out, settings, defaults, skip_bad=options.skip_bad)
+        for line in rejected:
+            console.print(f"sdjax: note: line {line.number} left out: {line.reason}", markup=False)
+        with _progress(options.model) as (on_convert, _):
+            pipe = _load(options.model, options.dtype, on_convert)
+        if options.dry_run:
+            print(jobs.described(pipe, out, options.batch), end="")
+            return 0
+        columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+            bar, clock, first = bars.add_task("", rate="", total=None), time.monotonic(), None
+
+            def progress(done: int, total: int) -> None:
+                nonlocal first
+                first = done - 1 if first is None else first
+                rate = (done - first) / max(1e-3, time.monotonic() - clock)
+                bars.update(bar, completed=done, total=total, rate=f"{rate:.2f} a second")
+
+            def report(name: str, reason: str) -> None:
+                console.print(f"sdjax: error: {name}: {reason}", markup=False)
+
+            keys = dict(model=options.model, dtype=options.dtype, batch=options.batch)
+            suffix = f".{options.format}"
+            done = jobs.run(pipe, out, **keys, suffix=suffix, shards=options.shards, report=report, progress=progress)
+    print(f"{done.made} pictures made, {done.before} were there before, {done.failed} failed")
+    if done.failed:
+        console.print(f"sdjax: note: the same command tries them again; {out / 'failed.jsonl'} says why", markup=False)
+    return 1 if done.failed else 0
 
 
 def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
-    from sdjax.pipeline import check_settings
-    from sdjax.recipe import Recipe, file_hash, save_png
+    from sdjax.recipe import FORMATS, Recipe, file_hash, save_picture
+    from sdjax.request import check_settings
 
     settings = _settings(options)
     size = _size(settings.pop("size"))
     output, count = Path(options.output), options.count
     if count < 1:
         raise ValueError(f"--count must be 1 or more, found {count}")
-    if output.suffix and output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: pictures are written as PNG; expected a name that ends in .png, or a folder")
+    if output.suffix and output.suffix.lower() not in FORMATS:
+        raise ValueError(f"{output}: expected a name that ends in {', '.join(FORMATS)}, or a folder")
     parent = output.parent if output.suffix else output
     if output.suffix and not parent.is_dir():
         raise FileNotFoundError(f"{parent}: no such folder to write {output.name} into; make it first")
     inputs = {name: settings.pop(name) for name in ("image", "mask")}
     task, prompt, model, dtype = options.task, settings.pop("prompt"), settings.pop("model"), settings.pop("dtype")
     if prompt is None:
-        raise ValueError(f"a prompt is missing: sdjax {task} PROMPT ..., or --recipe PNG")
+        raise ValueError(f"a prompt is missing: sdjax {task} PROMPT ..., or --recipe PICTURE")
     hashes: dict[str, Any] = {"image": None, "mask": None}
     for name in {"txt2img": (), "img2img": ("image",), "inpaint": ("image", "mask")}[task]:
         hashes[name] = _checked_file(name, inputs[name], file_hash)
@@ -173,7 +303,7 @@ def generate(options: argparse.Namespace) -> int:
                     **{name: value for name, value in settings.items() if name != "strength"},
                 )
                 path = _picture_path(output, prompt, seed, count)
-                save_png(path, picture, recipe)
+                save_picture(path, picture, recipe)
                 print(path)
     return 0
 

@@ -168,8 +168,13 @@ def needed_files(name: str, files: list[str]) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: SDJAX_CACHE, or ~/.cache/sdjax."""
+    """Where converted models and compiled programs are kept: SDJAX_CACHE, or ~/.cache/sdjax."""
     return Path(os.environ.get("SDJAX_CACHE") or Path.home() / ".cache" / "sdjax")
+
+
+def programs_folder() -> Path:
+    """Where the command line keeps compiled programs."""
+    return cache_folder() / "programs"
 
 
 def converted(

@@ -7,9 +7,10 @@ fixed (the known region) and what else to show the network (mask and masked pict
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,35 +22,36 @@ from sdjax import image as images
 from sdjax.config import ModelConfig
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
 from sdjax.diffusion.sample import image_keys, initial_noise, sample, stream, with_time_table
-from sdjax.diffusion.samplers import SAMPLERS, Method, ddim
-from sdjax.diffusion.schedule import SPACINGS, noise_schedule, start_step
+from sdjax.diffusion.samplers import Rows
+from sdjax.diffusion.schedule import per_image
+from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.models.clip import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
+from sdjax.request import BATCH, SAMPLING, Plan, Request, check_settings, filled_in, plan, stacked
 from sdjax.tokenizer import Tokenizer
-from sdjax.types import Array, Denoiser, Latent, Level, Params, Predictor
+from sdjax.types import Array, Denoiser, Latent, Level, Params
 
-BATCH = 8
-"""Pictures made at once; longer requests are worked through in batches of this size."""
+SOURCES = 64
+"""Prepared pictures that are kept for later requests with the same one."""
+
+WAITING = 8
+"""Batches of requests that may wait for others of their shape."""
 
 
 class Inputs(NamedTuple):
     """What the denoiser is made from: everything that may change without compiling anew.
 
-    unet: the UNet's parameters. context_kv: `UNet.text_kv` of the prompts, negative ones first if guided.
-    guidance, rescale: f32[] or f32[b]. interval: the sigmas (low, high] in which guidance applies.
-    known f32[b, h, w, 4] and mask f32[b, h, w, 1]: the region to keep, or None.
-    concat f32[b, h, w, k]: channels behind the latent, or None.
+    unet: the UNet's parameters. context_kv: `UNet.text_kv` of the negative prompts, then of the prompts, 2b rows.
+    known f32[b, h, w, 4] and mask f32[b, h, w, 1]: the region to keep, where the mask is 0 (all 1: nothing is kept).
+    concat f32[b, h, w, k]: channels behind the latent; k = 0 for models without.
     """
 
     unet: Params
     context_kv: Any
-    guidance: Array
-    rescale: Array
-    interval: tuple[Array, Array]
-    known: Array | None
-    mask: Array | None
-    concat: Array | None
+    known: Array
+    mask: Array
+    concat: Array
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,17 @@ class MakeDenoiser:
     """Inputs -> Denoiser; equal for equal fields, so that it can be static under jit."""
 
     config: ModelConfig
-    guided: bool
 
     def __call__(self, inputs: Inputs) -> Denoiser:
         unet = UNet(self.config.unet)
 
-        def predict(x: Latent, level: Level) -> Any:
-            if inputs.concat is not None:
-                x = jnp.concatenate([x, inputs.concat], axis=-1)
-            return unet.apply({"params": inputs.unet}, x, level.time, inputs.context_kv, method="predict")
+        def predict(kv: Any, x: Latent, level: Level) -> Any:
+            x = jnp.concatenate([x, inputs.concat], axis=-1)
+            return unet.apply({"params": inputs.unet}, x, level.time, kv, method="predict")
 
-        network: Predictor = predict
-        if self.guided:
-            network = guided(predict, inputs.guidance, inputs.rescale, inputs.interval)
-        denoise = to_denoiser(network, self.config.schedule.prediction)
-        if inputs.known is None or inputs.mask is None:
-            return denoise
-        return keep_known(denoise, inputs.known, inputs.mask)
+        positive = jax.tree.map(lambda leaf: leaf[leaf.shape[0] // 2 :], inputs.context_kv)
+        network = guided(partial(predict, inputs.context_kv), partial(predict, positive))
+        return keep_known(to_denoiser(network, self.config.schedule.prediction), inputs.known, inputs.mask)
 
 
 @partial(jax.jit, static_argnames=("config", "skip"))
@@ -117,15 +113,35 @@ def time_tables(params: Params, rows: Any, *, config: ModelConfig) -> Any:
     return with_time_table(rows, lambda t: UNet(config.unet).apply({"params": params}, t, method="time_table"))
 
 
-@partial(jax.jit, static_argnames=("config", "method", "is_guided"))
+@partial(jax.jit, static_argnames="config")
 def generate_latents(
-    inputs: Inputs, rows: Any, x: Latent, keys: Array, *, config: ModelConfig, method: Method, is_guided: bool
+    inputs: Inputs, rows: Rows, count: Array, x: Latent, keys: Array, *, config: ModelConfig
 ) -> Latent:
     """The whole sampling loop as one program: x f32[b, h, w, 4] at the first row's level -> latents f32[b, h, w, 4].
 
-    rows: a sampler's table (`Sampler.rows`) through `time_tables`. keys: key[b], one for each picture.
+    rows: `request.stacked` plans through `time_tables`, [s, b, ...]; count: i32[], those that run. keys: key[b], one
+    for each picture.
     """
-    return sample(MakeDenoiser(config, is_guided), inputs, method, rows, x, keys)
+    return sample(MakeDenoiser(config), inputs, rows, x, keys, count)
+
+
+@jax.jit
+def start(unit: Array, sigma: Array, known: Latent, mask: Array, from_noise: Array) -> Latent:
+    """Where sampling starts, f32[b, h, w, c] in sigma space. unit: unit normal noise; sigma f32[b]; from_noise bool[b].
+
+    Pure noise is the prior N(0, I) of the variance-preserving view: sqrt(sigma^2 + 1) noise. A picture starts at
+    known + sigma noise, and so does the known region of inpainting (mask 0) even where the rest is pure noise.
+    """
+    noised = known + per_image(sigma, unit) * unit
+    pure = per_image(jnp.sqrt(sigma**2 + 1), unit) * unit
+    weight = per_image(from_noise, unit) * mask
+    return jnp.where(weight == 1, pure, noised + weight * (pure - noised))
+
+
+@jax.jit
+def all_finite(latents: Latent) -> Array:
+    """bool[b]: whether a picture's latents f32[b, h, w, c] hold neither infinity nor NaN."""
+    return jnp.isfinite(latents).all((1, 2, 3))
 
 
 def inpainting_channels(params: Params, pictures: Array, mask: Array, *, config: ModelConfig) -> Array:
@@ -140,21 +156,43 @@ def inpainting_channels(params: Params, pictures: Array, mask: Array, *, config:
 
 
 Progress = Callable[[int, int, Latent], None]
-"""Called after every step with (steps done, steps in all, x0_hat f32[b, h, w, 4])."""
+"""Called after every row of the sampler with (rows done, rows in all, x0_hat f32[b, h, w, 4])."""
+
+
+class Source(NamedTuple):
+    """What a request's picture has become, one row each. known: its scaled latents, or zeros; mask: ones where nothing
+    is kept; concat: what an inpainting model sees besides. finish: from what the model made to what was asked for.
+    """
+
+    size: tuple[int, int]
+    known: Latent
+    mask: Array
+    concat: Array
+    finish: Callable[[Image.Image], Image.Image]
+
+
+Sources = dict[Any, tuple[Request, Source]]
+"""Prepared pictures by what names them, each with the first request that had it."""
+
+
+class Prepared(NamedTuple):
+    """A request that is ready to run. shape: only jobs of one shape can run together."""
+
+    request: Request
+    plan: Plan
+    source: Source
+    texts: tuple[str, str]  # negative, positive
+    from_noise: bool
+    shape: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """A model ready for use: configuration, parameters {"text", "vae", "unet"}, tokenizer, and a name. No other state.
 
-    Settings that all three tasks share (keywords; steps, guidance, sampler and spacing have the model's own defaults,
-    `config.sampling`):
-        negative_prompt: what to steer away from. steps: sampling steps, 1 to 1000. guidance: classifier-free guidance
-        scale; 1 leaves the negative prompt out and halves the work. guidance_rescale: 0 to 1, against overexposure.
-        guidance_interval: (start, stop) as fractions of the steps; outside it guidance is 1. sampler: a name from
-        `SAMPLERS`. spacing: a name from `SPACINGS`. eta: noise of "ddim", 0 to 1. seed, count: seeds seed, seed + 1,
-        ..., one for each picture of a prompt. clip_skip: layers of the text encoder left out (None: as trained).
-        batch: pictures made at once. progress: called after every step.
+    Settings that all three tasks share are the fields of `Request`, by keyword, and besides
+        count: pictures of each prompt, with seeds seed, seed + 1, ...; batch: pictures made at once; progress: called
+        after every row of the sampler.
     Results come prompt by prompt, seeds in order within a prompt. A picture depends on its own prompt, settings and
     seed alone, not on what else is in the batch.
     """
@@ -171,20 +209,20 @@ class Pipeline:
         *,
         width: int | None = None,
         height: int | None = None,
-        noise: Array | None = None,
+        noise: str | Array = "jax",
         **settings: Any,
     ) -> list[Image.Image]:
         """Pictures for one prompt or several. width, height: multiples of 8, the model's own size if left out.
 
-        noise: unit normal f32[b, h, w, 4] to start from instead of the seeds'.
+        noise: "jax", "torch" (PyTorch's for the same seeds), or unit normal f32[b, h, w, 4] to start from.
 
         Raises:
             ValueError, TypeError: a setting is out of range or of the wrong kind; the message says what was expected.
         """
-        own = self.config.image_size
-        asked = (own if width is None else width, own if height is None else height)
-        size = images.working_size(asked, asked=asked, multiple=self.config.vae.downscale)
-        return self._generate(prompt, negative_prompt, size, noise, None, None, 1.0, **settings)
+        for name in ("image", "mask", "strength"):
+            if name in settings:
+                raise TypeError(f"text_to_image starts from noise and has no {name}; see image_to_image and inpaint")
+        return self._pictures(prompt, negative_prompt, noise, width=width, height=height, **settings)
 
     def image_to_image(
         self,
@@ -195,18 +233,15 @@ class Pipeline:
         strength: float = 0.75,
         width: int | None = None,
         height: int | None = None,
-        noise: Array | None = None,
+        noise: str | Array = "jax",
         **settings: Any,
     ) -> list[Image.Image]:
         """Pictures that start from `image` noised to `strength` (0: only through the autoencoder; 1: noise alone).
 
         Without width and height the results have the size of `image`. Raises as `text_to_image`, and FileNotFoundError.
         """
-        original = images.load_image(image)
-        size = self._size(original, width, height)
-        picture = images.fit(original, size)
-        results = self._generate(prompt, negative_prompt, size, noise, picture, None, strength, **settings)
-        return results if width and height else [_resized(result, original.size) for result in results]
+        settings |= dict(image=images.load_image(image), strength=strength, width=width, height=height)
+        return self._pictures(prompt, negative_prompt, noise, **settings)
 
     def inpaint(
         self,
@@ -218,7 +253,7 @@ class Pipeline:
         strength: float = 1.0,
         width: int | None = None,
         height: int | None = None,
-        noise: Array | None = None,
+        noise: str | Array = "jax",
         **settings: Any,
     ) -> list[Image.Image]:
         """Pictures in which the white part of `mask` is made anew; where it is black they are `image` to the byte.
@@ -226,250 +261,252 @@ class Pipeline:
         A model with 9 input channels sees the mask; with any other the known region is held at every step.
         Without width and height the results have the size of `image`. Raises as `image_to_image`.
         """
-        original = images.load_image(image)
-        whole = images.load_mask(mask, original.size)
-        size = self._size(original, width, height)
-        picture = images.fit(original, size)
-        small = images.load_mask(images.fit(Image.fromarray(np.round(whole * 255).astype(np.uint8)), size), size)
-        results = self._generate(prompt, negative_prompt, size, noise, picture, small, strength, **settings)
-        if width and height:
-            return [images.paste_back(picture, result, small) for result in results]
-        return [images.paste_back(original, _resized(result, original.size), whole) for result in results]
+        settings |= dict(image=images.load_image(image), mask=mask, strength=strength, width=width, height=height)
+        return self._pictures(prompt, negative_prompt, noise, **settings)
 
-    def _size(self, image: Image.Image, width: int | None, height: int | None) -> tuple[int, int]:
-        if (width is None) != (height is None):
-            raise ValueError("give both width and height, or neither")
-        asked = (width, height) if width is not None and height is not None else None
-        return images.working_size(image.size, asked=asked, multiple=self.config.vae.downscale)
+    def batch(
+        self,
+        requests: Iterable[Request],
+        *,
+        batch: int = BATCH,
+        on_error: Callable[[Request, Exception], None] | None = None,
+    ) -> Iterator[tuple[Request, Image.Image]]:
+        """Each request with its picture, as they become ready: requests of one size run together, `batch` at a time.
 
-    def _generate(
+        Requests may differ in everything; those of one shape (size, clip_skip, up to 64 rows of a sampler, then up to
+        128, ...) share one compiled program, and each picture equals the one made alone. Requests are taken as they are
+        needed: memory stays bounded over any number of them. What is left at the end runs in batches filled up with
+        copies. on_error: called for a request that cannot be made, and the others go on; without it, the error is
+        raised.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: as `text_to_image`, when the request is taken.
+            FloatingPointError: a picture came out as NaN or infinity.
+        """
+        check_settings(batch=batch)
+        waiting: dict[tuple[Any, ...], list[Prepared]] = {}
+        sources: Sources = {}
+
+        def batches() -> Iterator[list[Prepared]]:
+            for request in requests:
+                try:
+                    ready = self._prepared(request, sources)
+                except (ValueError, TypeError, OSError) as error:
+                    if on_error is None:
+                        raise
+                    on_error(request, error)
+                    continue
+                same = waiting.setdefault(ready.shape, [])
+                same.append(ready)
+                if len(same) == batch:
+                    yield waiting.pop(ready.shape)
+                elif sum(map(len, waiting.values())) >= WAITING * batch:
+                    yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+            yield from waiting.values()
+
+        before: tuple[list[Prepared], tuple[Array, Array]] | None = None
+        for part in batches():
+            result = self._run(part, batch, None)  # under way while the batch before is handed out
+            if before is not None:
+                yield from self._finished(*before, on_error)
+            before = part, result
+        if before is not None:
+            yield from self._finished(*before, on_error)
+
+    def _pictures(
         self,
         prompt: str | Sequence[str],
         negative_prompt: str,
-        size: tuple[int, int],
-        noise: Array | None,
-        picture: Image.Image | None,
-        mask: np.ndarray | None,
-        strength: float,
+        noise: str | Array,
         /,
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        sampler: str | None = None,
-        spacing: str | None = None,
-        eta: float | None = None,
         seed: int = 0,
         count: int = 1,
-        clip_skip: int | None = None,
         batch: int = BATCH,
         progress: Progress | None = None,
+        **settings: Any,
     ) -> list[Image.Image]:
-        config, params = self.config, self.params
-        steps = config.sampling.steps if steps is None else steps
-        guidance = config.sampling.guidance if guidance is None else guidance
-        sampler = config.sampling.sampler if sampler is None else sampler
-        spacing = config.sampling.spacing if spacing is None else spacing
+        """One request for each prompt and seed, in batches."""
+        check_settings(prompts=[prompt] if isinstance(prompt, str) else prompt, seed=seed, count=count, batch=batch)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        check_settings(
-            prompts=prompts,
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance=guidance,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            sampler=sampler,
-            spacing=spacing,
-            eta=eta,
-            seed=seed,
-            count=count,
-            clip_skip=clip_skip,
-            strength=strength,
-            batch=batch,
-        )
-        plan = SAMPLERS[sampler] if eta is None else ddim(eta)
-        schedule = noise_schedule(config.schedule)
-        sigma = schedule.levels(steps, spacing)
-        low, high = _interval(sigma, guidance_interval)
-        sigma = sigma[start_step(steps, strength) :]
+        total = len(prompts) * count
+        if not isinstance(noise, str) and (np.ndim(noise) != 4 or len(noise) != total):
+            raise ValueError(f"noise must have the shape ({total}, h, w, c), found {np.shape(noise)}")
+        own: list[Any] = [noise] * total if isinstance(noise, str) else list(noise)
+        requests = [
+            Request(text, negative_prompt, seed + j, noise=own[i * count + j], **settings)
+            for i, text in enumerate(prompts)
+            for j in range(count)
+        ]
+        sources: Sources = {}
+        ready = [self._prepared(request, sources) for request in requests]
+        batch = min(batch, total)
+        results: list[Image.Image] = []
+        for first in range(0, total, batch):
+            part = ready[first : first + batch]
+            results += [picture for _, picture in self._finished(part, self._run(part, batch, progress), None)]
+        return results
 
-        is_guided = guidance != 1
-        texts = [negative_prompt, *prompts] if is_guided else prompts
+    def _prepared(self, request: Request, sources: Sources) -> Prepared:
+        """Checks a request and does all that can be done for it alone. sources: pictures that were prepared before."""
+        config = self.config
+        full = filled_in(request, config.sampling)
+        check_settings(
+            prompts=[request.prompt],
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            clip_skip=request.clip_skip,
+            noise=request.noise,
+            **{name: getattr(full, name) for name in SAMPLING},
+        )
+        worked_out = plan(full, config)
+        key = (*(_name(file) for file in (request.image, request.mask)), request.width, request.height)
+        if key not in sources:
+            if len(sources) >= SOURCES:
+                del sources[next(iter(sources))]
+            sources[key] = request, self._source(request)  # the request keeps its pictures, and so their ids, alive
+        _, source = sources[key]
+        latent = source.known.shape[1:]
+        if not isinstance(request.noise, str) and np.shape(request.noise) != latent:
+            raise ValueError(f"noise must have the shape {latent} for each picture, found {np.shape(request.noise)}")
+        texts = ("" if full.guidance == 1 else request.negative_prompt, request.prompt)
+        shape = (source.size, request.clip_skip, len(worked_out.rows.scale))
+        return Prepared(request, worked_out, source, texts, request.image is None or full.strength == 1, shape)
+
+    def _source(self, request: Request) -> Source:
+        """The picture and mask of a request, or what stands for them in text to image."""
+        config, params = self.config, self.params["vae"]
+        extra = config.unet.in_channels - config.unet.out_channels
+        sees_mask = config.unet.in_channels == 9
+        if extra != 0 and not sees_mask:
+            raise ValueError(
+                f"{self.name} has {config.unet.in_channels} input channels; text-to-image, image-to-image and "
+                "inpainting are for models with 4 or 9"
+            )
+        if request.image is None:
+            if request.mask is not None:
+                raise ValueError("a mask needs the image that it belongs to")
+            side = config.image_size
+            asked: tuple[int, int] | None = (
+                side if request.width is None else request.width,
+                side if request.height is None else request.height,
+            )
+            size = images.working_size((side, side), asked=asked, multiple=config.vae.downscale)
+        else:
+            original = images.load_image(request.image)
+            if (request.width is None) != (request.height is None):
+                raise ValueError("give both width and height, or neither")
+            asked = None if request.width is None or request.height is None else (request.width, request.height)
+            size = images.working_size(original.size, asked=asked, multiple=config.vae.downscale)
+        height, width = size[1] // config.vae.downscale, size[0] // config.vae.downscale
+        known = jnp.zeros((1, height, width, config.vae.latent_channels))
+        mask, concat = jnp.ones((1, height, width, 1)), jnp.zeros((1, height, width, 0))
+
+        def finish(result: Image.Image) -> Image.Image:
+            return result
+
+        array = jnp.zeros((1, size[1], size[0], config.vae.image_channels))  # an inpainting model without a picture
+        whole = jnp.ones((1, size[1], size[0], 1))  # sees that everything is to be painted
+        if request.image is not None:
+            picture = images.fit(original, size)
+            array = jnp.asarray(images.to_array(picture))[None]
+            known = encode_images(params, array, config=config)
+
+            def finish(result: Image.Image) -> Image.Image:
+                return result if asked else _resized(result, original.size)
+
+        if request.mask is not None:
+            given = images.load_mask(request.mask, original.size)
+            fitted = images.load_mask(images.fit(Image.fromarray(np.round(given * 255).astype(np.uint8)), size), size)
+            whole = jnp.asarray(fitted)[None, ..., None]
+            cells = images.latent_mask(whole, config.vae.downscale)
+            if not cells.any():
+                cell = config.vae.downscale
+                raise ValueError(f"the mask is too fine and would paint nothing; make it {cell} pixels wide or more")
+            mask = cells
+
+            def finish(result: Image.Image) -> Image.Image:
+                if asked:
+                    return images.paste_back(picture, result, fitted)
+                return images.paste_back(original, _resized(result, original.size), given)
+
+        if sees_mask:
+            concat = inpainting_channels(params, array, whole, config=config)
+        return Source(size, known, mask, concat, finish)
+
+    def _run(self, part: list[Prepared], batch: int, progress: Progress | None) -> tuple[Array, Array]:
+        """Requests of one shape -> pictures u8[batch, H, W, 3], and whether each is finite, bool[batch].
+
+        A short batch is filled up with copies of the last.
+        """
+        config, params = self.config, self.params
+        whole = part + part[-1:] * (batch - len(part))
+        texts = [one.texts[0] for one in whole] + [one.texts[1] for one in whole]
         ids = self.tokenizer(texts, config.clip.length, config.clip.pad_token)
         if ids.max() >= config.clip.vocab_size:
             raise ValueError(
                 f"the tokenizer has tokens up to {ids.max()} and the model {config.clip.vocab_size}; "
                 "use the tokenizer that belongs to the model"
             )
-        context = encode_text(params["text"], ids, config=config, skip=clip_skip)
-        rows = plan.rows(schedule, sigma) if len(sigma) > 1 else None
-        if rows is not None:
-            rows = time_tables(params["unet"], rows, config=config)
+        context = encode_text(params["text"], ids, config=config, skip=whole[0].request.clip_skip)
+        rows, count = stacked([one.plan for one in whole])
+        rows = time_tables(params["unet"], rows, config=config)
+        known, mask, concat = (
+            jnp.concatenate([getattr(one.source, name) for one in whole]) for name in ("known", "mask", "concat")
+        )
+        keys = image_keys([one.request.seed for one in whole])
+        unit = initial_noise(keys, known.shape[1:])
+        if any(not isinstance(one.request.noise, str) or one.request.noise != "jax" for one in whole):
+            unit = jnp.stack([_noise(one.request, own) for one, own in zip(whole, np.asarray(unit), strict=True)])
+        sigma, from_noise = (
+            np.asarray(values) for values in zip(*((one.plan.sigma, one.from_noise) for one in whole), strict=True)
+        )
+        x = start(unit, sigma.astype(np.float32), known, mask, from_noise)
+        held = jnp.ones_like(mask) if config.unet.in_channels == 9 else mask  # a model that sees the mask is free
+        inputs = Inputs(params["unet"], text_kv(params["unet"], context, config=config), known, held, concat)
+        if progress is None:
+            latents = generate_latents(inputs, rows, np.int32(count), x, keys, config=config)
+        else:
+            latents = x
+            steps = stream(MakeDenoiser(config), inputs, rows, x, keys, count)
+            for done, (after, x0_hat) in enumerate(steps, 1):
+                progress(done, count, x0_hat)
+                latents = after
+        return decode_latents(params["vae"], latents, config=config), all_finite(latents)
 
-        known = concat = small = None
-        if picture is not None:
-            array = jnp.asarray(images.to_array(picture))[None]
-            known = encode_images(params["vae"], array, config=config)
-            if mask is not None:
-                whole = jnp.asarray(mask)[None, ..., None]
-                small = images.latent_mask(whole, config.vae.downscale)
-                if not small.any():
-                    cell = config.vae.downscale
-                    raise ValueError(
-                        f"the mask is too fine and would paint nothing; make it {cell} pixels wide or more"
-                    )
-                if config.unet.in_channels == 9:
-                    concat = inpainting_channels(params["vae"], array, whole, config=config)
-        if config.unet.in_channels == 9 and concat is None:
-            concat = self._no_picture(size)
-        extra = config.unet.in_channels - config.unet.out_channels
-        if extra != (0 if concat is None else concat.shape[-1]):
-            raise ValueError(
-                f"{self.name} has {config.unet.in_channels} input channels; text-to-image, image-to-image and "
-                "inpainting are for models with 4 or 9"
+    def _finished(
+        self,
+        part: list[Prepared],
+        result: tuple[Array, Array],
+        on_error: Callable[[Request, Exception], None] | None,
+    ) -> Iterator[tuple[Request, Image.Image]]:
+        pictures, finite = images.to_images(result[0]), np.asarray(result[1])
+        for ready, picture, good in zip(part, pictures, finite, strict=False):  # without what filled the batch up
+            if good:
+                yield ready.request, ready.source.finish(picture)
+                continue
+            dtype = jax.tree.leaves(self.params["unet"])[0].dtype
+            error = FloatingPointError(
+                f"the picture of seed {ready.request.seed} came out as NaN or infinity in {dtype}; try "
+                f"{'float32' if dtype != np.float32 else 'less guidance, or another file of the model'}"
             )
-
-        jobs = [(i, seed + j) for i in range(len(prompts)) for j in range(count)]
-        size_latent = (size[1] // config.vae.downscale, size[0] // config.vae.downscale, config.vae.latent_channels)
-        if noise is not None and np.shape(noise) != (len(jobs), *size_latent):
-            raise ValueError(f"noise must have the shape {(len(jobs), *size_latent)}, found {np.shape(noise)}")
-        results: list[Image.Image] = []
-        batch = min(batch, len(jobs))
-        for first in range(0, len(jobs), batch):
-            part = jobs[first : first + batch]
-            padded = part + part[-1:] * (batch - len(part))  # one batch size, one compiled program
-            keys = image_keys([image_seed for _, image_seed in padded])
-            rows_of_text = jnp.asarray([i for i, _ in padded])
-            chosen = context[rows_of_text + 1] if is_guided else context[rows_of_text]
-            if is_guided:
-                chosen = jnp.concatenate([jnp.broadcast_to(context[:1], chosen.shape), chosen])
-            unit = (
-                initial_noise(keys, size_latent)
-                if noise is None
-                else jnp.asarray(noise)[jnp.minimum(jnp.arange(first, first + batch), len(jobs) - 1)]
-            )
-            x = _start(unit, sigma[0], known, small, pure_noise=strength == 1)
-            inputs = Inputs(
-                params["unet"],
-                text_kv(params["unet"], chosen, config=config),
-                jnp.float32(guidance),
-                jnp.float32(guidance_rescale),
-                (jnp.float32(low), jnp.float32(high)),
-                known if small is not None and config.unet.in_channels != 9 else None,
-                small if config.unet.in_channels != 9 else None,
-                None if concat is None else jnp.broadcast_to(concat, (batch, *concat.shape[1:])),
-            )
-            latents = _run(inputs, rows, x, keys, config, plan.method, is_guided, progress)
-            pixels = decode_latents(params["vae"], latents, config=config)[: len(part)]
-            results += images.to_images(pixels)
-        return results
-
-    def _no_picture(self, size: tuple[int, int]) -> Array:
-        """For a 9-channel model without a picture: everything is to be painted, and what is there is grey."""
-        grey = jnp.zeros((1, size[1], size[0], self.config.vae.image_channels))
-        everything = jnp.ones((1, size[1], size[0], 1))
-        return inpainting_channels(self.params["vae"], grey, everything, config=self.config)
+            if on_error is None:
+                raise error
+            on_error(ready.request, error)
 
 
-def _run(
-    inputs: Inputs,
-    rows: Any,
-    x: Latent,
-    keys: Array,
-    config: ModelConfig,
-    method: Method,
-    is_guided: bool,
-    progress: Progress | None,
-) -> Latent:
-    """All rows in one program, or one by one where somebody wants to see the progress."""
-    if rows is None:
-        return x
-    if progress is None:
-        return generate_latents(inputs, rows, x, keys, config=config, method=method, is_guided=is_guided)
-    total = rows.levels.sigma.shape[0]
-    steps = stream(MakeDenoiser(config, is_guided), inputs, method, rows, x, keys)
-    for done, (after, x0_hat) in enumerate(steps, 1):
-        progress(done, total, x0_hat)
-        x = after
-    return x
+def _noise(request: Request, own: np.ndarray) -> Any:
+    """Unit normal noise f32[h, w, c] as the request wants it; own: that of its seed's JAX key."""
+    if not isinstance(request.noise, str):
+        return request.noise
+    height, width, channels = own.shape
+    return own if request.noise == "jax" else torch_noise(request.seed, (channels, height, width)).transpose(1, 2, 0)
 
 
-def _start(unit: Array, sigma: float, known: Array | None, mask: Array | None, *, pure_noise: bool) -> Latent:
-    """Where sampling starts, f32[b, h, w, c] in sigma space.
-
-    Pure noise is the prior N(0, I) of the variance-preserving view: sqrt(sigma^2 + 1) noise. A picture starts at
-    known + sigma noise, and so does the known region of inpainting even where the rest is pure noise.
-    """
-    if known is None:
-        return unit * np.float32(np.sqrt(sigma**2 + 1))
-    noised = known + np.float32(sigma) * unit
-    if not pure_noise:
-        return noised
-    prior = unit * np.float32(np.sqrt(sigma**2 + 1))
-    return prior if mask is None else noised + mask * (prior - noised)
+def _name(file: images.ImageLike | None) -> Any:
+    """What a picture can be found again by while its request is alive."""
+    return str(file) if isinstance(file, str | Path) else id(file)
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float, float]:
-    """Fractions of the steps -> the sigmas (low, high] that the guided steps start from."""
-    steps = len(sigma) - 1
-    first, last = (round(fraction * steps) for fraction in fractions)
-    high = np.inf if first == 0 else (sigma[first - 1] + sigma[first]) / 2
-    low = -1.0 if last == steps else (sigma[last - 1] + sigma[last]) / 2 if last > 0 else np.inf
-    return float(low), float(high)
-
-
-def check_settings(
-    *,
-    prompts: Any = ("",),
-    negative_prompt: Any = "",
-    steps: Any = 25,
-    guidance: Any = 7.5,
-    guidance_rescale: Any = 0.0,
-    guidance_interval: Any = (0.0, 1.0),
-    sampler: Any = "dpmpp_2m",
-    spacing: Any = "karras",
-    eta: Any = None,
-    seed: Any = 0,
-    count: Any = 1,
-    clip_skip: Any = None,
-    strength: Any = None,
-    batch: Any = BATCH,
-) -> None:
-    """Raises ValueError, naming the setting, what was expected and what was found, unless all are usable."""
-
-    def need(good: bool, name: str, expected: str, found: Any) -> None:
-        if not good:
-            raise ValueError(f"{name} must be {expected}, found {found!r}")
-
-    def is_int(value: Any) -> bool:
-        return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-    def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
-        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        return number and bool(np.isfinite(value)) and low <= value <= high
-
-    good = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(text, str) for text in prompts)
-    need(good, "prompt", "a string, or a list of at least one string", prompts)
-    need(isinstance(negative_prompt, str), "negative_prompt", "a string", negative_prompt)
-    need(is_int(steps) and steps > 0, "steps", "a whole number above 0", steps)
-    need(is_real(guidance), "guidance", "a finite number", guidance)
-    need(is_real(guidance_rescale, 0, 1), "guidance_rescale", "in [0, 1]", guidance_rescale)
-    good = isinstance(guidance_interval, tuple | list) and len(guidance_interval) == 2
-    good = (
-        good and all(is_real(end, 0, 1) for end in guidance_interval) and guidance_interval[0] <= guidance_interval[1]
-    )
-    need(good, "guidance_interval", "two fractions of the steps, 0 <= start <= stop <= 1", guidance_interval)
-    need(isinstance(sampler, str) and sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", sampler)
-    need(spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}", spacing)
-    need(eta is None or sampler == "ddim", "eta", f"left out for {sampler} (it belongs to ddim)", eta)
-    need(eta is None or is_real(eta, 0, 1), "eta", "in [0, 1]", eta)
-    need(is_int(count) and count > 0, "count", "a whole number above 0", count)
-    need(is_int(batch) and batch > 0, "batch", "a whole number above 0", batch)
-    need(is_int(seed) and 0 <= seed <= 2**32 - count, "seed", "a whole number in [0, 2^32 - count]", seed)
-    need(clip_skip is None or (is_int(clip_skip) and clip_skip >= 0), "clip_skip", "a whole number from 0", clip_skip)
-    need(strength is None or is_real(strength, 0, 1), "strength", "in [0, 1]", strength)

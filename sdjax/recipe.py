@@ -1,13 +1,15 @@
-"""The recipe of a picture: everything needed to make it again, carried in its PNG.
+"""The recipe of a picture: everything needed to make it again, carried in its file.
 
-Two text entries: "parameters", the lines that other tools write and read, and "sdjax", JSON of our own, complete and
-strict. The PNG is written under a temporary name and renamed.
+Two texts: the "parameters" that other tools write and read, and JSON of our own, complete and strict. In a PNG they are
+text entries, "parameters" and "sdjax"; in WebP and JPEG they are EXIF's UserComment and ImageDescription. Files are
+written under a temporary name and renamed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,12 @@ import sdjax
 from sdjax.checkpoint import new_file
 
 KEY = "sdjax"
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Kinds of picture files by their ending."""
+
+QUALITY = 95  # of WebP and JPEG
+EXIF_FOLDER, DESCRIPTION, COMMENT = 0x8769, 0x010E, 0x9286
+COMMENT_CODE = b"UNICODE\0"  # EXIF 2.3, section 4.6.5: the code of the text that follows
 OTHER_TOOLS = {
     "ddpm": "DDPM",
     "ddim": "DDIM",
@@ -50,6 +58,7 @@ class Recipe:
     steps: int
     guidance: float
     guidance_rescale: float
+    guidance_interval: tuple[float, float]
     sampler: str
     spacing: str
     eta: float | None
@@ -58,6 +67,7 @@ class Recipe:
     height: int
     dtype: str
     strength: float | None
+    noise: str
     image: tuple[str, str] | None
     mask: tuple[str, str] | None
     version: str = dataclasses.field(default_factory=lambda: sdjax.__version__)
@@ -75,6 +85,8 @@ class Recipe:
                 raise ValueError("the entries are not those of a recipe")
             for name in ("image", "mask"):
                 data[name] = None if data[name] is None else (str(data[name][0]), str(data[name][1]))
+            start, stop = data["guidance_interval"]
+            data["guidance_interval"] = (float(start), float(stop))
             return Recipe(**data)
         except (ValueError, TypeError, IndexError, KeyError, RecursionError) as error:
             raise ValueError(f"the recipe in this picture is damaged ({error})") from None
@@ -108,8 +120,25 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_png(path: str | Path, image: Image.Image, recipe: Recipe) -> None:
-    """Writes the picture with its recipe.
+def encoded(image: Image.Image, recipe: Recipe, suffix: str = ".png") -> bytes:
+    """A picture file of the kind that `suffix` names (one of `FORMATS`), recipe included."""
+    parameters, own = recipe.parameters(), recipe.to_json()
+    file, kind = io.BytesIO(), FORMATS[suffix]
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", parameters)
+        info.add_itxt(KEY, own)
+        image.save(file, kind, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[DESCRIPTION] = f"{KEY}: {json.dumps(json.loads(own))}"  # ASCII alone
+        exif.get_ifd(EXIF_FOLDER)[COMMENT] = COMMENT_CODE + parameters.encode("utf-16-be")
+        image.save(file, kind, exif=exif, quality=QUALITY)
+    return file.getvalue()
+
+
+def save_picture(path: str | Path, image: Image.Image, recipe: Recipe) -> None:
+    """Writes the picture with its recipe, as the kind of file that the name ends in.
 
     A picture that carries a recipe is replaced, since it can be made again; any other file is not.
 
@@ -119,15 +148,12 @@ def save_png(path: str | Path, image: Image.Image, recipe: Recipe) -> None:
     path = Path(path)
     if path.exists() and not has_recipe(path):
         raise FileExistsError(f"{path} is already there and was not made by sdjax; choose another name or remove it")
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", recipe.parameters())
-    info.add_itxt(KEY, recipe.to_json())
     with new_file(path, force=True) as temporary:
-        image.save(temporary, "PNG", pnginfo=info)
+        temporary.write_bytes(encoded(image, recipe, path.suffix.lower()))
 
 
 def has_recipe(path: Path) -> bool:
-    """Whether a file is a PNG with a recipe of ours."""
+    """Whether a file is a picture with a recipe of ours."""
     try:
         return KEY in _texts(path)
     except (FileNotFoundError, ValueError):
@@ -138,7 +164,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """The recipe of a picture.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no PNG, no recipe of ours in it, or a damaged one.
+        FileNotFoundError: no such file. ValueError: no picture, no recipe of ours in it, or a damaged one.
     """
     texts = _texts(Path(path))
     if KEY not in texts:
@@ -155,12 +181,21 @@ def read_parameters(path: str | Path) -> str | None:
 
 
 def _texts(path: Path) -> dict[str, str]:
+    """The texts of a PNG by their names; of WebP and JPEG, those that `encoded` writes."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such picture file")
     try:
         with Image.open(path) as image:
-            if not isinstance(image, PngImagePlugin.PngImageFile):
-                raise ValueError(f"{path}: a {image.format} picture; recipes are in PNG files")
-            return {str(key): str(value) for key, value in image.text.items()}
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                return {str(key): str(value) for key, value in image.text.items()}
+            if image.format not in FORMATS.values():
+                raise ValueError(f"{path}: a {image.format} picture; recipes are in PNG, WebP and JPEG files")
+            exif, texts = image.getexif(), {}
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+    comment, description = exif.get_ifd(EXIF_FOLDER).get(COMMENT), exif.get(DESCRIPTION)
+    if isinstance(comment, bytes) and comment.startswith(COMMENT_CODE):
+        texts["parameters"] = comment[len(COMMENT_CODE) :].decode("utf-16-be", "replace")
+    if isinstance(description, str) and description.startswith(f"{KEY}: "):
+        texts[KEY] = description.removeprefix(f"{KEY}: ")
+    return texts

@@ -21,7 +21,7 @@ from rich.table import Table
 from sdjax.checkpoint import cast
 from sdjax.config import TINY, ModelConfig, ScheduleConfig
 from sdjax.diffusion.denoiser import to_denoiser
-from sdjax.diffusion.samplers import SAMPLERS, Method
+from sdjax.diffusion.samplers import SAMPLERS, first_carry, step
 from sdjax.diffusion.schedule import noise_schedule
 from sdjax.models.clip import TextEncoder
 from sdjax.models.params import random_params
@@ -63,30 +63,23 @@ def toy_network(x: Any, t: Any, xp: Any = jnp) -> Any:
     return xp.tanh(mixed) * (0.9 + 0.1 * xp.cos(t / 300)) + 0.1 * xp.sin(3 * x + t / 500)
 
 
-def run_toy(
-    name: str,
-    rows: Any,
-    x: np.ndarray,
-    prediction: str = "epsilon",
-) -> np.ndarray:
-    """A sampler's rows on the stand-in network, from x f32[TOY_SHAPE]; noises are `noise(0)`, `noise(1)`, ..."""
-    method = SAMPLERS[name].method
-    count = len(rows.levels.sigma)
-    eps = np.asarray([noise(index) for index in range(count * method.draws)], np.float32)
-    eps = eps.reshape(count, method.draws, *x.shape)
+def run_toy(rows: Any, x: np.ndarray, prediction: str = "epsilon") -> np.ndarray:
+    """A sampler's rows on the stand-in network, from x f32[TOY_SHAPE]; its noises are `noise(0)`, `noise(1)`, ..."""
+    used = np.asarray(rows.noise) != 0
+    eps = np.zeros((len(used), *x.shape), np.float32)
+    eps[used] = [noise(index) for index in range(used.sum())] if used.any() else 0
     rows = jax.tree.map(jnp.asarray, rows)
-    return np.asarray(_run_toy(method, prediction, rows, jnp.asarray(x), jnp.asarray(eps)))
+    return np.asarray(_run_toy(prediction, rows, jnp.asarray(x), jnp.asarray(eps)))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run_toy(method: Method, prediction: str, rows: Any, x: Array, eps: Array) -> Array:
+@partial(jax.jit, static_argnums=0)
+def _run_toy(prediction: str, rows: Any, x: Array, eps: Array) -> Array:
     denoise = to_denoiser(lambda scaled, level: toy_network(scaled, level.t), prediction)
 
     def body(carry: Any, row_and_eps: Any) -> tuple[Any, None]:
-        row, drawn = row_and_eps
-        return method.step(denoise, carry, row, tuple(drawn)), None
+        return step(denoise, carry, *row_and_eps), None
 
-    return jax.lax.scan(body, method.init(x), (rows, eps))[0].x
+    return jax.lax.scan(body, first_carry(x), (rows, eps))[0].x
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -131,7 +124,7 @@ def checks(params: Params) -> Iterator[Check]:
         for name, sampler in SAMPLERS.items():
             rows = sampler.rows(schedule, reference[f"{name} sigma"])
             rows = rows._replace(levels=Level(rows.levels.sigma, reference[f"{name} t"]))
-            found = run_toy(name, rows, reference[f"{name} start"])
+            found = run_toy(rows, reference[f"{name} start"])
             yield Check(f"sampler {name}", relative_error(found, reference[f"{name} end"]), SAMPLER_BOUND)
 
 

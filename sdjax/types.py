@@ -17,18 +17,33 @@ Params = Mapping[str, Any]  # nested dicts of arrays
 Latent = Array  # f32[b, h, w, c]
 
 
+class Guidance(NamedTuple):
+    """How a prompt steers at one noise level.
+
+    scale: f32[] or f32[b], of classifier-free guidance; 1 leaves the negative prompt out. rescale: f32[] or f32[b] in
+    [0, 1], against overexposure. used: bool[], whether any picture's scale is not 1, so that the negative prompt must
+    be evaluated; the same on every device.
+    """
+
+    scale: Any
+    rescale: Any
+    used: Any
+
+
 class Level(NamedTuple):
-    """One noise level in both views, so that x = x0 + sigma * eps.
+    """One noise level in both views, so that x = x0 + sigma * eps, and what holds there.
 
     sigma: f32[] or f32[b], noise standard deviation in latent units.
     t: f32[] or f32[b], the training timestep that the network is told, in [0, 999] (fractions
     allowed).
     time: whatever the network has precomputed from t (`UNet.time_table`), or None.
+    guidance: of the prompt at this level, or None for a network that knows nothing of it.
     """
 
     sigma: Any
     t: Any
     time: Any = None
+    guidance: Guidance | None = None
 
 
 Predictor = Callable[[Latent, Level], Latent]  # (scaled latent, level) -> the network's output (epsilon or v)

@@ -1,6 +1,7 @@
 """Four simulated CPU devices for the whole suite, and a small model that every test may share."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Small models take longer to compile than to run: compile quickly, but for full-size runs."""
     if config.getoption("markexpr") == "not full":
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_compile_cache() -> Iterator[None]:
+    """Tests that run the command line in their own process must not fill the user's cache, nor profit from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdjax.cli._keep_programs", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

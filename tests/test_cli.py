@@ -131,7 +131,7 @@ def test_without_a_model_the_output_says_what_painted(here, capsys):
     ("arguments", "says"),
     [
         (["txt2img"], "a prompt is missing"),
-        (["txt2img", "x", "-o", "x.jpg"], "pictures are written as PNG"),
+        (["txt2img", "x", "-o", "x.bmp"], "expected a name that ends in .png, .webp"),
         (["txt2img", "x", "--size", "512"], "WIDTHxHEIGHT"),
         (["txt2img", "x", "--size", "13x16"], "multiples of 8"),
         (["txt2img", "x", "--steps", "0"], "steps must be"),

@@ -6,16 +6,24 @@ import numpy as np
 import pytest
 
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
-from sdjax.types import Level
+from sdjax.types import Guidance, Level
 
 X0 = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 EPS = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
 NEGATIVE = jax.random.normal(jax.random.key(2), (2, 4, 4, 3))
-EVERYWHERE = (jnp.float32(-1), jnp.float32(jnp.inf))
 
 
 def pair(x, level):
     return jnp.concatenate([NEGATIVE, EPS])
+
+
+def positive(x, level):
+    return EPS
+
+
+def steered(scale, rescale=0.0, used=True):
+    """A level at which a prompt steers."""
+    return Level(jnp.float32(1.0), None, None, Guidance(jnp.float32(scale), jnp.float32(rescale), jnp.bool_(used)))
 
 
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
@@ -55,8 +63,12 @@ def test_the_state_stays_float32_whatever_the_network_computes_in(prediction):
     for dtype in (jnp.bfloat16, jnp.float16):
         found = to_denoiser(lambda x, level, dtype=dtype: EPS.astype(dtype), prediction)(X0, level)
         assert found.dtype == jnp.float32
-        both = guided(lambda x, level, dtype=dtype: pair(x, level).astype(dtype), 3.0, 0.5, EVERYWHERE)(X0, level)
-        assert both.dtype == jnp.float32
+        for used in (True, False):
+            both = guided(
+                lambda x, level, dtype=dtype: pair(x, level).astype(dtype),
+                lambda x, level, dtype=dtype: EPS.astype(dtype),
+            )(X0, steered(3, 0.5, used))
+            assert both.dtype == jnp.float32
 
 
 def test_levels_may_differ_from_picture_to_picture():
@@ -68,31 +80,28 @@ def test_levels_may_differ_from_picture_to_picture():
 
 
 def test_guidance_one_is_the_conditional_model_and_zero_the_negative_one():
-    level = Level(jnp.float32(1.0), None)
     for guidance, expected in ((1.0, EPS), (0.0, NEGATIVE), (3.0, NEGATIVE + 3 * (EPS - NEGATIVE))):
-        predict = guided(pair, jnp.float32(guidance), jnp.float32(0), EVERYWHERE)
-        np.testing.assert_allclose(predict(X0, level), expected, atol=1e-5)
+        np.testing.assert_allclose(guided(pair, positive)(X0, steered(guidance)), expected, atol=1e-5)
+    np.testing.assert_array_equal(guided(pair, positive)(X0, steered(1)), EPS)
 
 
 def test_guidance_may_differ_from_picture_to_picture():
-    found = guided(pair, jnp.array([1.0, 4.0]), jnp.float32(0), EVERYWHERE)(X0, Level(jnp.float32(1.0), None))
+    found = guided(pair, positive)(X0, steered(jnp.array([1.0, 4.0])))
     np.testing.assert_allclose(found[0], EPS[0], atol=1e-6)
     np.testing.assert_allclose(found[1], (NEGATIVE + 4 * (EPS - NEGATIVE))[1], atol=1e-5)
 
 
 def test_full_rescale_has_the_spread_of_the_conditional_model():
-    level = Level(jnp.float32(1.0), None)
-    found = guided(pair, jnp.float32(7.5), jnp.float32(1), EVERYWHERE)(X0, level)
+    found = guided(pair, positive)(X0, steered(7.5, 1))
     np.testing.assert_allclose(found.std((1, 2, 3)), EPS.std((1, 2, 3)), rtol=1e-5)
-    plain = guided(pair, jnp.float32(7.5), jnp.float32(0), EVERYWHERE)(X0, level)
+    plain = guided(pair, positive)(X0, steered(7.5, 0))
     ratio = found / plain
     np.testing.assert_allclose(ratio, jnp.broadcast_to(ratio[:, :1, :1, :1], ratio.shape), rtol=1e-4)
 
 
 def test_rescale_is_the_formula_of_lin_et_al():
     """Equations 14 to 16: the standard deviation of each picture over all of its pixels and channels."""
-    level = Level(jnp.float32(1.0), None)
-    found = guided(pair, jnp.float32(7.5), jnp.float32(0.7), EVERYWHERE)(X0, level)
+    found = guided(pair, positive)(X0, steered(7.5, 0.7))
     plain = np.asarray(NEGATIVE + 7.5 * (EPS - NEGATIVE))
     for i in range(2):
         rescaled = plain[i] * np.std(EPS[i]) / np.std(plain[i])
@@ -100,15 +109,22 @@ def test_rescale_is_the_formula_of_lin_et_al():
 
 
 def test_rescale_at_guidance_one_changes_nothing():
-    found = guided(pair, jnp.float32(1), jnp.float32(1), EVERYWHERE)(X0, Level(jnp.float32(1.0), None))
+    found = guided(pair, positive)(X0, steered(1, 1))
     np.testing.assert_allclose(found, EPS, atol=1e-5)
 
 
-def test_outside_the_interval_guidance_is_one():
-    predict = guided(pair, jnp.float32(7.5), jnp.float32(1), (jnp.float32(1.0), jnp.float32(5.0)))
-    for sigma, inside in ((1.0, False), (1.01, True), (5.0, True), (5.01, False)):
-        found = predict(X0, Level(jnp.float32(sigma), None))
-        assert np.allclose(found, EPS, atol=1e-6) != inside
+def test_where_no_picture_is_steered_the_negative_prompt_is_not_evaluated():
+    calls = []
+
+    def counted(x, level):
+        jax.debug.callback(lambda: calls.append(1))
+        return pair(x, level)
+
+    for used in (False, True):
+        found = jax.jit(lambda level: guided(counted, positive)(X0, level))(steered(7.5, used=used))
+        jax.effects_barrier()
+        assert len(calls) == used
+        assert np.array_equal(found, EPS) != used
 
 
 def test_the_known_region_is_known_and_soft_masks_blend():

@@ -14,10 +14,11 @@ LAYERS = [  # a module imports from lower rows, and from its own without going i
     {"types", "config", "assets", "assets.make_clip_merges"},
     {"models", "models.layers", "models.clip", "models.unet", "models.vae", "models.params"}
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
-    {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"},
-    {"pipeline", "checkpoint", "recipe"},
-    {"train", "train.losses", "train.step", "train.data", "train.plots", "train.settings", "train.tasks", "train.loop"},
-    {"load", "selftest", "cli", "train.command"},
+    {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"} | {"diffusion.torch_noise"},
+    {"pipeline", "request", "checkpoint", "recipe"},
+    {"train", "train.losses", "train.step", "train.data", "train.plots", "train.settings", "train.tasks", "train.loop"}
+    | {"batch"},
+    {"load", "selftest", "compilation", "cli", "train.command"},
 ]
 ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}
 CONVERT_MAY_USE = ("sdjax.config", "sdjax.types", "sdjax.models.params", "sdjax.checkpoint", "sdjax.tokenizer")

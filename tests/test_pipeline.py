@@ -13,6 +13,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdjax import image as images
@@ -23,6 +24,7 @@ from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.pipeline import Pipeline
+from sdjax.request import Request, plan, stacked
 from sdjax.tokenizer import clip_tokenizer
 from tests.small import SMALL
 
@@ -176,6 +178,16 @@ def test_noise_that_is_given_replaces_the_seeds(pipe, astronaut):
     assert distance(picture, astronaut) == 0
 
 
+def test_torch_noise_is_what_diffusers_starts_from(pipe):
+    """A batch of seeds, one generator for each, as diffusers draws them."""
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    noise = torch.cat([torch.randn((1, 4, 5, 7), generator=generator) for generator in generators])
+    settings = dict(count=2, sampler="euler", **FAST)
+    expected = latents_of(pipe.text_to_image, "an astronaut", noise=noise.numpy().transpose(0, 2, 3, 1), **settings)
+    found = latents_of(pipe.text_to_image, "an astronaut", noise="torch", seed=3, **settings)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_clip_skip_leaves_layers_out(pipe, astronaut):
     assert distance(pipe.text_to_image("an astronaut", seed=3, clip_skip=0, **FAST)[0], astronaut) == 0
     skipped = latents_of(pipe.text_to_image, "an astronaut", seed=3, clip_skip=1, **FAST)
@@ -248,7 +260,8 @@ def test_the_known_region_starts_at_the_noised_picture_and_the_rest_at_noise():
     known, noise = (rng.standard_normal((1, 5, 7, 4)).astype(np.float32) for _ in range(2))
     mask = rng.integers(0, 2, (1, 5, 7, 1)).astype(np.float32)
     schedule = noise_schedule(SMALL.schedule)
-    x = pipelines._start(jnp.asarray(noise), schedule.sigmas[999], known, mask, pure_noise=True)
+    sigma = np.float32(schedule.sigmas[999:])
+    x = pipelines.start(noise, sigma, known, mask, np.array([True]))
     x = x * np.sqrt(schedule.alpha_bars[999])  # variance preserving, as the network sees it
     expected = np.where(mask == 0, q_sample(schedule, known, np.array([999]), noise), noise)
     np.testing.assert_allclose(x, expected, atol=1e-5)
@@ -364,16 +377,14 @@ def test_another_prompt_guidance_seed_or_model_compiles_nothing(pipe, photo, ast
 
 
 def test_parameters_are_arguments_and_never_constants(pipe):
-    schedule = noise_schedule(SMALL.schedule)
-    plan = SAMPLERS["dpmpp_2m"]
-    rows = pipelines.time_tables(pipe.params["unet"], plan.rows(schedule, schedule.levels(4)), config=SMALL)
+    rows, calls = stacked([plan(Request("a cat", steps=4), SMALL)])
+    rows = pipelines.time_tables(pipe.params["unet"], rows, config=SMALL)
     context = jnp.zeros((2, SMALL.clip.length, SMALL.unet.context_width))
     kv = pipelines.text_kv(pipe.params["unet"], context, config=SMALL)
-    one = jnp.float32(1)
-    inputs = pipelines.Inputs(pipe.params["unet"], kv, one, one, (one, one), None, None, None)
-    arguments = (inputs, rows, jnp.zeros((1, 5, 7, 4)), pipelines.image_keys([0]))
-    settings = dict(config=SMALL, method=plan.method, is_guided=True)
-    traced = pipelines.generate_latents.trace(*arguments, **settings)
+    known, mask, concat = (jnp.zeros((1, 5, 7, channels)) for channels in (4, 1, 0))
+    inputs = pipelines.Inputs(pipe.params["unet"], kv, known, mask, concat)
+    arguments = (inputs, rows, np.int32(calls), known, pipelines.image_keys([0]))
+    traced = pipelines.generate_latents.trace(*arguments, config=SMALL)
     assert max((np.size(constant) for constant in constants(traced.jaxpr)), default=0) < 100
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sdjax.recipe import KEY, Recipe, read_parameters, read_recipe, save_png
+from sdjax.recipe import KEY, Recipe, read_parameters, read_recipe, save_picture
 
 RECIPE = Recipe(
     task="inpaint",
@@ -19,6 +19,7 @@ RECIPE = Recipe(
     steps=20,
     guidance=7.5,
     guidance_rescale=0.0,
+    guidance_interval=(0.0, 1.0),
     sampler="dpmpp_2m",
     spacing="karras",
     eta=None,
@@ -27,6 +28,7 @@ RECIPE = Recipe(
     height=48,
     dtype="float32",
     strength=0.8,
+    noise="jax",
     image=("photo.jpg", "ab"),
     mask=("mask.png", "cd"),
 )
@@ -40,7 +42,7 @@ def test_json_round_trip(prompt, negative, guidance, seed):
 
 
 def test_png_round_trip(tmp_path):
-    save_png(tmp_path / "p.png", PICTURE, RECIPE)
+    save_picture(tmp_path / "p.png", PICTURE, RECIPE)
     assert read_recipe(tmp_path / "p.png") == RECIPE
     with Image.open(tmp_path / "p.png") as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
@@ -57,15 +59,15 @@ def test_parameters_are_the_lines_that_other_tools_read():
 
 
 def test_our_pictures_are_replaced_and_others_are_not(tmp_path):
-    save_png(tmp_path / "p.png", PICTURE, RECIPE)
-    save_png(tmp_path / "p.png", PICTURE, dataclasses.replace(RECIPE, seed=8))
+    save_picture(tmp_path / "p.png", PICTURE, RECIPE)
+    save_picture(tmp_path / "p.png", PICTURE, dataclasses.replace(RECIPE, seed=8))
     assert read_recipe(tmp_path / "p.png").seed == 8
     PICTURE.save(tmp_path / "photo.png")
     (tmp_path / "notes.png").write_text("not a picture")
     for name in ("photo.png", "notes.png"):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(FileExistsError, match="was not made by sdjax"):
-            save_png(tmp_path / name, PICTURE, RECIPE)
+            save_picture(tmp_path / name, PICTURE, RECIPE)
         assert (tmp_path / name).read_bytes() == before
 
 
@@ -99,10 +101,10 @@ def test_damaged_recipes_are_named(tmp_path, text):
 
 
 def test_files_that_are_no_png_are_named(tmp_path):
-    PICTURE.save(tmp_path / "p.jpg")
+    PICTURE.save(tmp_path / "p.bmp")
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    with pytest.raises(ValueError, match="a JPEG picture"):
-        read_recipe(tmp_path / "p.jpg")
+    with pytest.raises(ValueError, match="a BMP picture; recipes are in PNG, WebP and JPEG files"):
+        read_recipe(tmp_path / "p.bmp")
     with pytest.raises(ValueError, match="not a picture that can be read"):
         read_recipe(tmp_path / "x.png")
     with pytest.raises(FileNotFoundError):

@@ -1,7 +1,5 @@
 """The drivers: what a result may depend on, what compiles, and that streaming is scanning, for every sampler."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,19 +8,21 @@ import pytest
 from sdjax.config import ScheduleConfig
 from sdjax.diffusion.sample import draw, image_keys, initial_noise, sample, stream, with_time_table
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import SPACINGS, noise_schedule
+from sdjax.diffusion.schedule import SPACINGS, noise_schedule, per_image
 
 SCHEDULE = noise_schedule(ScheduleConfig())
 STEPS, SHAPE = 5, (4, 4, 2)
 TRACES = []
-jitted = jax.jit(sample, static_argnums=(0, 2))
+jitted = jax.jit(sample, static_argnums=0)
+TWO_CALLS = ("heun", "dpm2", "dpm2_a", "dpmpp_sde")
 
 
 def make_denoiser(strength):
     TRACES.append(1)
 
     def denoise(x, level):
-        return strength * jnp.tanh(x) / (1 + level.sigma) + 0.01 * level.t / 1000
+        sigma, t = (per_image(value, x) for value in (level.sigma, level.t))
+        return strength * jnp.tanh(x) / (1 + sigma) + 0.01 * t / 1000
 
     return denoise
 
@@ -34,8 +34,8 @@ def rows_of(name, spacing="karras", schedule=SCHEDULE):
 def run(name, seeds, driver=jitted, spacing="karras", x=None, strength=0.9, schedule=SCHEDULE):
     keys = image_keys(seeds)
     rows = jax.tree.map(np.float32, rows_of(name, spacing, schedule))
-    x = initial_noise(keys, SHAPE) * rows.levels.sigma[0, 0] if x is None else x
-    return driver(make_denoiser, jnp.float32(strength), SAMPLERS[name].method, rows, x, keys)
+    x = initial_noise(keys, SHAPE) * rows.levels.sigma[0] if x is None else x
+    return driver(make_denoiser, jnp.float32(strength), rows, x, keys)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -49,7 +49,7 @@ def test_result_depends_on_its_own_seed_alone(name):
 
 
 def test_result_does_not_depend_on_the_size_of_the_batch():
-    for name in ("euler_a", "dpmpp_sde"):  # both methods, with noise
+    for name in ("euler_a", "dpmpp_sde"):  # one call per step and two, with noise
         np.testing.assert_allclose(run(name, [3, 5, 4])[1], run(name, [5])[0], rtol=1e-5, atol=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_other_keys_matter_to_the_stochastic_samplers_alone(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_streaming_gives_what_scanning_gives(name):
     states = list(run(name, [3, 5, 4], driver=stream))
-    assert len(states) == STEPS + (name == "plms")
+    assert len(states) == (2 * STEPS - 1 if name in TWO_CALLS else STEPS + (name == "plms"))
     np.testing.assert_allclose(states[-1][0], run(name, [3, 5, 4]), rtol=2e-5, atol=2e-6)
     if name not in ("plms", "lms"):  # these extrapolate
         np.testing.assert_allclose(states[-1][0], states[-1][1], atol=1e-6)
@@ -78,17 +78,54 @@ def test_every_spacing_works(name, zero_terminal_snr):
     assert np.std(results, axis=0).max() > 1e-6, "the spacing is used"
 
 
-def test_nothing_but_another_method_or_shape_compiles():
-    names = [name for name in SAMPLERS if name != "plms"]  # it has one row more
-    for name in names:
-        run(name, [0, 1, 2])
-        list(run(name, [0, 1, 2], driver=stream))
+def filled(name, spacing="karras", steps=STEPS):
+    return jax.tree.map(np.float32, SAMPLERS[name].rows(SCHEDULE, SCHEDULE.levels(steps, spacing), 2 * STEPS))
+
+
+def test_another_sampler_spacing_or_number_of_steps_compiles_nothing():
+    keys, x = image_keys([0, 1, 2]), jnp.ones((3, *SHAPE))
     before = len(TRACES)
-    for name in names:
+    for name in SAMPLERS:
         for spacing in SPACINGS:
-            run(name, [7, 8, 9], spacing=spacing, strength=0.5)
-        list(run(name, [7, 8, 9], driver=stream, spacing="trailing", strength=0.5))
-    assert len(TRACES) == before
+            for steps in (1, 3, STEPS):
+                count = len(SAMPLERS[name].rows(SCHEDULE, SCHEDULE.levels(steps, spacing)).scale)
+                rows = filled(name, spacing, steps)
+                found = jitted(make_denoiser, jnp.float32(0.5), rows, x, keys, np.int32(count))
+                assert len(TRACES) == before + 1
+        own = jax.tree.map(lambda leaf, count=count: leaf[:count], rows)
+        np.testing.assert_allclose(found, sample(make_denoiser, jnp.float32(0.5), own, x, keys), rtol=2e-5, atol=2e-6)
+        before += len(TRACES) - before - 1
+
+
+def test_rows_that_do_not_run_never_call_the_network():
+    calls = []
+
+    def make_counting(inputs):
+        def denoise(x, level):
+            jax.debug.callback(lambda: calls.append(1))
+            return 0.5 * x
+
+        return denoise
+
+    x = jnp.ones((1, *SHAPE))
+    for count in (0, 1, 4):
+        calls.clear()
+        jax.jit(sample, static_argnums=0)(make_counting, (), filled("euler"), x, image_keys([0]), np.int32(count))
+        jax.effects_barrier()
+        assert len(calls) == count
+
+
+def test_every_picture_of_a_batch_may_have_a_sampler_and_a_number_of_steps_of_its_own():
+    names = ("euler_a", "heun", "unipc", "dpmpp_sde", "plms")
+    steps = (5, 2, 4, 3, 1)
+    plans = [filled(name, steps=n) for name, n in zip(names, steps, strict=True)]
+    keys = image_keys(range(len(names)))
+    x = 10 * initial_noise(keys, SHAPE)
+    together = jitted(make_denoiser, jnp.float32(0.9), jax.tree.map(lambda *rows: np.stack(rows, 1), *plans), x, keys)
+    for i, (name, n) in enumerate(zip(names, steps, strict=True)):
+        own = jax.tree.map(np.float32, SAMPLERS[name].rows(SCHEDULE, SCHEDULE.levels(n, "karras")))
+        alone = jitted(make_denoiser, jnp.float32(0.9), own, x[i : i + 1], keys[i : i + 1])
+        np.testing.assert_allclose(together[i], alone[0], rtol=2e-5, atol=2e-6)
 
 
 def test_every_step_of_a_stream_is_the_same_program():
@@ -97,14 +134,14 @@ def test_every_step_of_a_stream_is_the_same_program():
     next(steps)
     assert len(TRACES) > before
     before = len(TRACES)
-    assert len(list(steps)) == STEPS - 1
+    assert len(list(steps)) == 2 * STEPS - 2
     assert len(TRACES) == before
 
 
 def test_no_rows_are_no_steps():
     x = jnp.ones((1, *SHAPE))
     rows = jax.tree.map(lambda leaf: leaf[:0], rows_of("euler"))
-    arguments = make_denoiser, jnp.float32(0.9), SAMPLERS["euler"].method, rows, x, image_keys([0])
+    arguments = make_denoiser, jnp.float32(0.9), rows, x, image_keys([0])
     np.testing.assert_array_equal(jitted(*arguments), x)
     assert not list(stream(*arguments))
 
@@ -136,29 +173,19 @@ def test_streaming_compiles_one_step_wherever_the_parameters_lie(device, caplog)
     rows = jax.tree.map(np.float32, rows_of("euler"))
     x = jnp.ones((1, 3, 5 + (device or -1), 2))  # a shape that no other test has compiled
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        results = list(stream(make_denoiser, scale, SAMPLERS["euler"].method, rows, x, image_keys([4])))
+        results = list(stream(make_denoiser, scale, rows, x, image_keys([4])))
     assert len(results) == STEPS
     assert len([record for record in caplog.records if "Compiling jit(_step)" in record.getMessage()]) == 1
 
 
-@pytest.mark.parametrize("name", ["euler", "dpm2_a", "dpmpp_sde"])
-def test_every_step_and_every_call_has_noise_of_its_own(name):
-    """Draw k of step j is draw 1 + j draws + k of the image's key, number 0 being the start."""
-    method = SAMPLERS[name].method
-    seen = []
-
-    class Recording(type(method)):
-        def step(self, denoise, carry, row, noise):
-            jax.debug.callback(lambda *noise: seen.extend(np.asarray(noise)), *noise, ordered=True)
-            return super().step(denoise, carry, row, noise)
-
-    keys = image_keys([4])
-    rows = jax.tree.map(np.float32, rows_of(name))
-    recording = Recording(**dataclasses.asdict(method))
-    sample(make_denoiser, jnp.float32(0.9), recording, rows, jnp.ones((1, *SHAPE)), keys)
-    jax.effects_barrier()
-    expected = [draw(keys, 1 + index, SHAPE) for index in range(STEPS * method.draws)]
-    np.testing.assert_array_equal(seen, expected)
+def test_every_row_has_noise_of_its_own():
+    """Row j takes draw 1 + j of the image's key, number 0 being the start: with x' = x + eps they add up."""
+    rows = jax.tree.map(np.float32, rows_of("euler"))
+    rows = rows._replace(scale=np.ones(STEPS), history=np.zeros_like(rows.history), noise=2.0 ** np.arange(STEPS))
+    keys, x = image_keys([4]), jnp.ones((1, *SHAPE))
+    found = sample(make_denoiser, jnp.float32(0.9), rows, x, keys)
+    expected = x + sum(2.0**j * draw(keys, 1 + j, SHAPE) for j in range(STEPS))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
@@ -169,7 +196,7 @@ def test_seeds_out_of_range_are_refused(seed):
 
 def test_the_time_table_is_filled_in_for_all_calls_at_once():
     rows = rows_of("heun")
-    filled = with_time_table(rows, lambda t: {"double": 2 * t})
-    np.testing.assert_array_equal(filled.levels.time["double"], 2 * rows.levels.t)
-    assert filled.levels.time["double"].shape == (STEPS, 2)
-    np.testing.assert_array_equal(filled.levels.sigma, rows.levels.sigma)
+    with_time = with_time_table(rows, lambda t: {"double": 2 * t})
+    np.testing.assert_array_equal(with_time.levels.time["double"], 2 * rows.levels.t)
+    assert with_time.levels.time["double"].shape == (2 * STEPS - 1,)
+    np.testing.assert_array_equal(with_time.levels.sigma, rows.levels.sigma)

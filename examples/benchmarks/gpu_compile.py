@@ -38,11 +38,10 @@ from jax.sharding import SingleDeviceSharding
 
 from sdjax.config import SD15
 from sdjax.diffusion.sample import image_keys
-from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import noise_schedule
 from sdjax.models.layers import use_attention
 from sdjax.models.params import abstract_params
 from sdjax.pipeline import Inputs, generate_latents, text_kv, time_tables
+from sdjax.request import Request, plan, stacked
 
 TARGET = Path(__file__).with_name("h200_target.txtpb")
 COMPUTE_CAPABILITY = 9.0  # as in TARGET
@@ -67,20 +66,17 @@ def compile_loop(batch: int) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
 
     unet = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract_params(SD15)["unet"])
-    sampler, schedule = SAMPLERS["ddim"], noise_schedule(SD15.schedule)
-    rows = jax.tree.map(np.float32, sampler.rows(schedule, schedule.levels(STEPS)))
+    rows, calls = stacked([plan(Request("", steps=STEPS), SD15)] * batch)
     rows = jax.eval_shape(lambda unet: time_tables(unet, rows, config=SD15), unet)
     context = jax.ShapeDtypeStruct((2 * batch, SD15.clip.length, SD15.unet.context_width), jnp.bfloat16)
     kv = jax.eval_shape(lambda unet, context: text_kv(unet, context, config=SD15), unet, context)
     side = SD15.image_size // SD15.vae.downscale
     x = jax.ShapeDtypeStruct((batch, side, side, SD15.vae.latent_channels), jnp.float32)
-    one: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    inputs = Inputs(unet, kv, one, one, (one, one), None, None, None)
+    mask, concat = (jax.ShapeDtypeStruct((*x.shape[:3], channels), jnp.float32) for channels in (1, 0))
+    inputs = Inputs(unet, kv, x, mask, concat)
     keys = jax.eval_shape(lambda: image_keys(range(batch)))
     with use_attention("cudnn"):
-        lowered = generate_latents.lower(
-            *on_target((inputs, rows, x, keys)), config=SD15, method=sampler.method, is_guided=True
-        )
+        lowered = generate_latents.lower(*on_target((inputs, rows, np.int32(calls), x, keys)), config=SD15)
     return lowered.compile()
 
 

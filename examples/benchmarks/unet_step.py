@@ -38,10 +38,9 @@ from convert.diffusers import diffusers_json
 from convert.names import entries
 from sdjax.config import SD15
 from sdjax.diffusion.sample import image_keys
-from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import noise_schedule
 from sdjax.models.params import random_params
 from sdjax.pipeline import Inputs, MakeDenoiser, generate_latents, text_kv, time_tables
+from sdjax.request import Request, plan, stacked
 from sdjax.types import Level, Params
 
 GUIDANCE = 7.5
@@ -74,31 +73,29 @@ class Ours:
     """A guided step and a whole loop of sdjax; text keys and values and the time embeddings are computed beforehand."""
 
     def __init__(self, params: Params, x: np.ndarray, context: np.ndarray, steps: int) -> None:
-        sampler, schedule = SAMPLERS["ddim"], noise_schedule(SD15.schedule)
-        rows = sampler.rows(schedule, schedule.levels(steps))
-        self.rows = time_tables(params, jax.tree.map(np.float32, rows), config=SD15)
-        self.level: Level = jax.tree.map(lambda leaf: leaf[0, 0], self.rows.levels)
-        self.method, self.keys, self.x = sampler.method, image_keys(range(len(x))), jnp.asarray(x)
+        request = Request("", steps=steps, guidance=GUIDANCE, sampler="ddim", spacing="leading")
+        rows, calls = stacked([plan(request, SD15)] * len(x))
+        self.calls, self.rows = np.int32(calls), time_tables(params, rows, config=SD15)
+        self.level: Level = jax.tree.map(lambda leaf: leaf[0], self.rows.levels)
+        self.keys, self.x = image_keys(range(len(x))), jnp.asarray(x)
         kv = text_kv(params, context, config=SD15)
-        guidance, rescale, interval = jnp.float32(GUIDANCE), jnp.float32(0), (jnp.float32(0), jnp.float32(jnp.inf))
-        self.inputs = Inputs(params, kv, guidance, rescale, interval, None, None, None)
+        mask, concat = jnp.ones((*x.shape[:3], 1)), jnp.zeros((*x.shape[:3], 0))
+        self.inputs = Inputs(params, kv, jnp.zeros_like(self.x), mask, concat)
 
     def step(self) -> jax.Array:
         """x0_hat f32[b, h, w, 4]."""
-        return denoise(MakeDenoiser(SD15, guided=True), self.inputs, self.x, self.level)
+        return denoise(MakeDenoiser(SD15), self.inputs, self.x, self.level)
 
     def loop(self) -> jax.Array:
         """The latents f32[b, h, w, 4] after all steps."""
-        return generate_latents(
-            self.inputs, self.rows, self.x, self.keys, config=SD15, method=self.method, is_guided=True
-        )
+        return generate_latents(self.inputs, self.rows, self.calls, self.x, self.keys, config=SD15)
 
 
 class Theirs:
     """The same step with diffusers' network."""
 
     def __init__(self, unet: Any, level: Level, x: np.ndarray, context: np.ndarray) -> None:
-        self.unet, self.sigma, self.t = unet, float(level.sigma), torch.tensor(float(level.t), device=unet.device)
+        self.unet, self.sigma, self.t = unet, float(level.sigma[0]), torch.tensor(float(level.t[0]), device=unet.device)
         self.x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(unet.device)
         self.context = torch.from_numpy(context).to(unet.device, unet.dtype)
 

@@ -6,7 +6,7 @@ pytree of arrays) to a `Denoiser`. So whatever can change from call to call is a
 compiled program, and never a constant in it.
 
 Randomness: image i has a key of its own, made from its own seed. Its starting noise comes from
-fold_in(key, 0), the noise of step j from fold_in(key, j + 1): nothing depends on the batch that the
+fold_in(key, 0), the noise of row j from fold_in(key, j + 1): nothing depends on the batch that the
 image is made in.
 """
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sdjax.diffusion.samplers import Method
+from sdjax.diffusion.samplers import Carry, Rows, first_carry, step
 from sdjax.types import Array, Denoiser, Latent
 
 MakeDenoiser = Callable[[Any], Denoiser]
@@ -57,54 +57,50 @@ def with_time_table(rows: Any, time_table: Callable[[Array], Any]) -> Any:
     return rows._replace(levels=rows.levels._replace(time=time_table(rows.levels.t)))
 
 
-def _step(
-    make_denoiser: MakeDenoiser,
-    method: Method,
-    inputs: Any,
-    keys: Array,
-    carry: Any,
-    row: Any,
-    index: Array,
-) -> Any:
-    shape = carry.x.shape[1:]
-    noise = tuple(draw(keys, 1 + index * method.draws + k, shape).astype(carry.x.dtype) for k in range(method.draws))
-    return method.step(make_denoiser(inputs), carry, row, noise)
+def _step(make_denoiser: MakeDenoiser, inputs: Any, keys: Array, carry: Carry, row: Rows, index: Array) -> Carry:
+    noise = draw(keys, 1 + index, carry.x.shape[1:]).astype(carry.x.dtype)
+    return step(make_denoiser(inputs), carry, row, noise)
 
 
-def sample(make_denoiser: MakeDenoiser, inputs: Any, method: Method, rows: Any, x: Latent, keys: Array) -> Latent:
-    """Runs the sampler over all rows and returns the last x.
+def sample(
+    make_denoiser: MakeDenoiser, inputs: Any, rows: Rows, x: Latent, keys: Array, count: Array | None = None
+) -> Latent:
+    """Runs a sampler over its rows and returns the last x.
 
-    rows: what the sampler's `plan` gave, leading axis s (s = 0 returns x). x: f32[b, h, w, c] at
-    the first row's level, in sigma space. keys: key[b]. Pure and traceable: call it inside your own
-    jit.
+    rows: what `Sampler.rows` gave, leading axis s (s = 0 returns x), or [s, b] for a plan of its own for each picture.
+    x: f32[b, h, w, c] at the first row's level, in sigma space. keys: key[b]. count: i32[], rows to run; the others are
+    skipped without a call of the network, so that one program serves every number of steps up to s. None: all of
+    them. Pure and traceable: call it inside your own jit.
     """
 
-    def body(carry: Any, row_and_index: Any) -> tuple[Any, None]:
-        row, index = row_and_index
-        return _step(make_denoiser, method, inputs, keys, carry, row, index), None
+    def body(carry: Carry, row_and_index: Any) -> tuple[Carry, None]:
+        def run(carry: Carry) -> Carry:
+            return _step(make_denoiser, inputs, keys, carry, *row_and_index)
+
+        if count is None:
+            return run(carry), None
+        return jax.lax.cond(row_and_index[1] < count, run, lambda carry: carry, carry), None
 
     rows = jax.tree.map(jnp.asarray, rows)
-    indices = jnp.arange(jax.tree.leaves(rows)[0].shape[0])
-    carry, _ = jax.lax.scan(body, method.init(x), (rows, indices))
+    carry, _ = jax.lax.scan(body, first_carry(x), (rows, jnp.arange(rows.scale.shape[0])))
     return carry.x
 
 
-_jitted_step = jax.jit(_step, static_argnums=(0, 1))
+_jitted_step = jax.jit(_step, static_argnums=0)
 
 
 def stream(
-    make_denoiser: MakeDenoiser, inputs: Any, method: Method, rows: Any, x: Latent, keys: Array
+    make_denoiser: MakeDenoiser, inputs: Any, rows: Rows, x: Latent, keys: Array, count: int | None = None
 ) -> Iterator[tuple[Latent, Latent]]:
-    """The steps of `sample` one by one: yields (x, x0_hat) after each row, for progress and
-    previews.
+    """The rows of `sample` one by one: yields (x, x0_hat) after each, for progress and previews.
 
     The step is compiled once for all rows; stop iterating to stop sampling.
     """
     rows = jax.tree.map(jnp.asarray, rows)
-    carry = _placed(method.init(x), inputs)
-    for index in range(jax.tree.leaves(rows)[0].shape[0]):
+    carry = _placed(first_carry(x), inputs)
+    for index in range(rows.scale.shape[0] if count is None else count):
         row = jax.tree.map(partial(_at, index), rows)
-        carry = _jitted_step(make_denoiser, method, inputs, keys, carry, row, jnp.int32(index))
+        carry = _jitted_step(make_denoiser, inputs, keys, carry, row, jnp.int32(index))
         yield carry.x, carry.x0_hat
 
 

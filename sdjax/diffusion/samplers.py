@@ -1,9 +1,10 @@
-"""Samplers: a table worked out on the host, and one of two short steps that runs over its rows.
+"""Samplers: a table worked out on the host, and one short step that runs over its rows.
 
-Every coefficient of a sampler depends on the sigmas alone. `plan(sigma)` computes them in
-float64 (no infinities, no NaN, no special first step left for later), so the jitted step is plain
-arithmetic and all samplers of one method share one compiled program. lambda = -log(sigma) and h = lambda' - lambda as
-in Lu et al. 2022 ("DPM-Solver++"); sigma' is the next level.
+Every coefficient of a sampler depends on the sigmas alone. `plan(sigma)` computes them in float64 (no infinities, no
+NaN, no special first step left for later), one row for each call of the network, and every sampler is a linear rule
+over the last few calls. So the jitted step is plain arithmetic, all samplers share one compiled program, and a batch
+may have another sampler in every picture. lambda = -log(sigma) and h = lambda' - lambda as in Lu et al. 2022
+("DPM-Solver++"); sigma' is the next level.
 
     name          order  UNet calls per step  noise  source
     ddim          1      1                    eta    Song et al. 2021, eq. 12
@@ -34,147 +35,105 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion.schedule import NoiseSchedule, per_image
 from sdjax.types import Array, Denoiser, Latent, Level
 
-HISTORY = 5  # directions that a multistep rule may combine, the newest first
+HISTORY = 5  # directions that a rule may combine, the newest first
 
 
-class MultistepRow(NamedTuple):
-    """One step of `Multistep`; in a plan each field has the leading axis s."""
+class Rows(NamedTuple):
+    """A sampler's table, one row for each call of the network. In a plan each field has the leading axis s; for a
+    batch of different plans the axes are [s, b] (`jnp.stack` along axis 1); a step sees one row, without s.
+    """
 
-    levels: Level  # [s, 1]
-    direction: np.ndarray  # [s, 2]
-    correct: np.ndarray  # [s, 2]
-    correct_history: np.ndarray  # [s, HISTORY]
-    scale: np.ndarray  # [s]
-    history: np.ndarray  # [s, HISTORY]
-    noise: np.ndarray  # [s]
+    levels: Level  # [s]
+    direction: Any  # [s, 2]
+    correct: Any  # [s, 2]
+    correct_history: Any  # [s, HISTORY]
+    scale: Any  # [s]
+    history: Any  # [s, HISTORY]
+    noise: Any  # [s]
 
 
-class MultistepCarry(NamedTuple):
+class Carry(NamedTuple):
+    """What one call hands to the next. x: where it will be evaluated; previous: where the call before was (corrected);
+    history: the directions H_0, H_1, ... of the calls before.
+    """
+
     x: Latent
     x0_hat: Latent
-    previous: Latent  # the (corrected) x of the step before
+    previous: Latent
     history: tuple[Latent, ...]
 
 
-@dataclass(frozen=True)
-class Multistep:
-    """Linear multistep rules, with an optional linear corrector. One network call and one draw per
-    step.
+def first_carry(x: Latent) -> Carry:
+    """The carry before the first row."""
+    zero = jnp.zeros_like(x)
+    return Carry(x, zero, zero, (zero,) * HISTORY)
+
+
+def step(denoise: Denoiser, carry: Carry, row: Rows, noise: Array) -> Carry:
+    """One row of any sampler: a linear multistep rule with a linear corrector. noise: unit normal, like x.
 
     D = denoise(x, level)
-    H_0 = direction . (x, D),  then H_1, H_2, ... of the steps before
+    H_0 = direction . (x, D),  then H_1, H_2, ... of the calls before
     x = correct . (x, previous x) + sum_k correct_history_k H_k
     x' = scale x + sum_k history_k H_k + noise eps
     """
-
-    draws = 1
-
-    def init(self, x: Latent) -> MultistepCarry:
-        zero = jnp.zeros_like(x)
-        return MultistepCarry(x, zero, zero, (zero,) * HISTORY)
-
-    def step(
-        self, denoise: Denoiser, carry: MultistepCarry, row: MultistepRow, noise: tuple[Array, ...]
-    ) -> MultistepCarry:
-        x = carry.x
-        x0_hat = denoise(x, _level(row.levels, 0))
-        times = partial(_times, x)
-        new = times(row.direction[0], x) + times(row.direction[1], x0_hat)
-        history = (new, *carry.history[:-1])
-        x = times(row.correct[0], x) + times(row.correct[1], carry.previous)
-        x += sum(times(row.correct_history[k], history[k]) for k in range(HISTORY))
-        after = times(row.scale, x) + times(row.noise, noise[0])
-        after += sum(times(row.history[k], history[k]) for k in range(HISTORY))
-        return MultistepCarry(after, x0_hat, x, history)
-
-
-class TwoStageRow(NamedTuple):
-    """One step of `TwoStage`; in a plan each field has the leading axis s."""
-
-    levels: Level  # [s, 2]
-    middle: np.ndarray  # [s, 3]
-    final: np.ndarray  # [s, 5]
-    two_calls: np.ndarray  # bool[s]
-
-
-class TwoStageCarry(NamedTuple):
-    x: Latent
-    x0_hat: Latent
-
-
-@dataclass(frozen=True)
-class TwoStage:
-    """Rules with two network calls per step (one where `two_calls` is false) and `draws` draws of
-    noise.
-
-    D = denoise(x, first level);      y = middle . (x, D, eps_1)
-    E = denoise(y, second level);     x' = final . (x, D, E, eps_0, eps_1)
-    """
-
-    draws: int = 0
-
-    def init(self, x: Latent) -> TwoStageCarry:
-        return TwoStageCarry(x, jnp.zeros_like(x))
-
-    def step(
-        self, denoise: Denoiser, carry: TwoStageCarry, row: TwoStageRow, noise: tuple[Array, ...]
-    ) -> TwoStageCarry:
-        x = carry.x
-        times = partial(_times, x)
-        first = denoise(x, _level(row.levels, 0))
-        y = times(row.middle[0], x) + times(row.middle[1], first)
-        if self.draws > 1:
-            y += times(row.middle[2], noise[1])
-        second = jax.lax.cond(row.two_calls, lambda: denoise(y, _level(row.levels, 1)), lambda: first)
-        after = times(row.final[0], x) + times(row.final[1], first) + times(row.final[2], second)
-        for k in range(self.draws):
-            after += times(row.final[3 + k], noise[k])
-        return TwoStageCarry(after, second)
-
-
-Method = Multistep | TwoStage
+    x = carry.x
+    x0_hat = denoise(x, row.levels)
+    times = partial(_times, x)
+    new = times(row.direction[..., 0], x) + times(row.direction[..., 1], x0_hat)
+    history = (new, *carry.history[:-1])
+    x = times(row.correct[..., 0], x) + times(row.correct[..., 1], carry.previous)
+    x += sum(times(row.correct_history[..., k], history[k]) for k in range(HISTORY))
+    after = times(row.scale, x) + times(row.noise, noise)
+    after += sum(times(row.history[..., k], history[k]) for k in range(HISTORY))
+    return Carry(after, x0_hat, x, history)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What `SAMPLERS` lists. `method` is all that a compiled program depends on; `plan` stays on
-    the host.
+    """What `SAMPLERS` lists.
 
-    plan: sigma float64[s + 1], falling, the last may be 0 -> rows, a pytree of float64[s, ...]
-    without timesteps; plms has a row more than there are steps.
+    plan: sigma float64[s + 1], falling, the last may be 0 -> rows of float64 without timesteps; samplers with two calls
+    per step have more rows than there are steps.
     """
 
-    method: Method
-    plan: Callable[[np.ndarray], Any]
+    plan: Callable[[np.ndarray], Rows]
     stochastic: bool
 
-    def rows(self, schedule: NoiseSchedule, sigma: np.ndarray) -> Any:
-        """The table for the levels `sigma`, with the timestep of every network call filled in."""
+    def rows(self, schedule: NoiseSchedule, sigma: np.ndarray, length: int | None = None) -> Rows:
+        """The table for the levels `sigma`, with the timestep of every network call filled in.
+
+        length: rows in all; those behind the sampler's own leave x as it is.
+        """
         rows = self.plan(sigma)
+        if length is not None:
+            rest = _rows(np.full(1 + length - len(rows.scale), schedule.sigmas[0]))
+            rows = Rows(*(_joined(*fields) for fields in zip(rows, rest, strict=True)))
         visited = rows.levels.sigma
         return rows._replace(levels=Level(visited, schedule.timesteps(visited)))
 
 
-def _level(levels: Level, k: int) -> Level:
-    return jax.tree.map(lambda leaf: leaf[k], levels)
+def _joined(first: Any, second: Any) -> Any:
+    if isinstance(first, Level):
+        return Level(np.concatenate([first.sigma, second.sigma]), None)
+    return np.concatenate([first, second])
 
 
 def _times(x: Latent, value: Any, y: Array) -> Array:
     return per_image(value.astype(x.dtype), x) * y
 
 
-def _multistep_rows(sigma: np.ndarray) -> MultistepRow:
+def _rows(sigma: np.ndarray) -> Rows:
     """A table that evaluates at every sigma but the last and keeps x; the plans fill it in."""
     count = len(sigma) - 1
-    return MultistepRow(
-        Level(sigma[:-1, None], None),
+    return Rows(
+        Level(sigma[:-1], None),
         direction=np.tile([0.0, 1.0], (count, 1)),
         correct=np.tile([1.0, 0.0], (count, 1)),
         correct_history=np.zeros((count, HISTORY)),
@@ -193,9 +152,9 @@ def _ancestral(sigma: np.ndarray, after: np.ndarray, eta: float) -> tuple[np.nda
     return after * np.sqrt(1 - eta**2 + (eta * after / sigma) ** 2), up
 
 
-def plan_euler(sigma: np.ndarray, eta: float = 0.0) -> MultistepRow:
+def plan_euler(sigma: np.ndarray, eta: float = 0.0) -> Rows:
     """x' = (down / sigma) x + (1 - down / sigma) D + up eps; eta 0 is DDIM, eta 1 DDPM."""
-    rows = _multistep_rows(sigma)
+    rows = _rows(sigma)
     down, up = _ancestral(sigma[:-1], sigma[1:], eta)
     rows.scale[:] = down / sigma[:-1]
     rows.history[:, 0] = 1 - rows.scale
@@ -203,12 +162,12 @@ def plan_euler(sigma: np.ndarray, eta: float = 0.0) -> MultistepRow:
     return rows
 
 
-def plan_dpmpp_2m(sigma: np.ndarray) -> MultistepRow:
+def plan_dpmpp_2m(sigma: np.ndarray) -> Rows:
     """x' = (sigma' / sigma) x + (1 - sigma' / sigma) (D_0 + (D_0 - D_1) h / (2 h_before)).
 
     The first step, and a last one to sigma = 0 (where h is infinite), are Euler steps.
     """
-    rows = _multistep_rows(sigma)
+    rows = _rows(sigma)
     for i in range(len(sigma) - 1):
         ratio = sigma[i + 1] / sigma[i]
         extra = 0.0
@@ -219,7 +178,7 @@ def plan_dpmpp_2m(sigma: np.ndarray) -> MultistepRow:
     return rows
 
 
-def plan_dpmpp_2m_sde(sigma: np.ndarray) -> MultistepRow:
+def plan_dpmpp_2m_sde(sigma: np.ndarray) -> Rows:
     """As dpmpp_2m with h twice as long and noise that makes up for it:
 
     x' = (sigma'^2 / sigma^2) x + (1 - sigma'^2 / sigma^2) (D_0 + (D_0 - D_1) h / (2 h_before))
@@ -233,15 +192,15 @@ def plan_dpmpp_2m_sde(sigma: np.ndarray) -> MultistepRow:
     return rows
 
 
-def _slopes(rows: MultistepRow) -> None:
+def _slopes(rows: Rows) -> None:
     """Makes the directions dx/dsigma = (x - D) / sigma (Karras et al. 2022, eq. 1)."""
-    sigma = rows.levels.sigma[:, 0]
+    sigma = rows.levels.sigma
     rows.direction[:] = np.stack([1 / sigma, -1 / sigma], axis=-1)
 
 
-def plan_lms(sigma: np.ndarray) -> MultistepRow:
+def plan_lms(sigma: np.ndarray) -> Rows:
     """x' = x + sum_k d_k integral of the k-th Lagrange polynomial over [sigma, sigma'], k < 4."""
-    rows = _multistep_rows(sigma)
+    rows = _rows(sigma)
     _slopes(rows)
     for i in range(len(sigma) - 1):
         nodes = sigma[i::-1][:4]
@@ -260,7 +219,7 @@ ADAMS_BASHFORTH = (
 )
 
 
-def plan_plms(sigma: np.ndarray) -> MultistepRow:
+def plan_plms(sigma: np.ndarray) -> Rows:
     """x' = x + (sigma' - sigma) times Adams-Bashforth's mean of the last four slopes.
 
     The first step is Heun's, so there is one row more: an Euler step to y, then the slope at y,
@@ -270,7 +229,7 @@ def plan_plms(sigma: np.ndarray) -> MultistepRow:
     steps = len(sigma) - 1
     if steps < 2:
         return plan_euler(sigma)
-    rows = _multistep_rows(np.insert(sigma, 2, sigma[1]))  # visits 0, 1, 1, 2, 3, ...
+    rows = _rows(np.insert(sigma, 2, sigma[1]))  # visits 0, 1, 1, 2, 3, ...
     _slopes(rows)
     rows.history[0, 0] = sigma[1] - sigma[0]
     rows.history[1, :2] = np.array([0.5, -0.5]) * (sigma[1] - sigma[0])
@@ -282,14 +241,14 @@ def plan_plms(sigma: np.ndarray) -> MultistepRow:
     return rows
 
 
-def plan_unipc(sigma: np.ndarray) -> MultistepRow:
+def plan_unipc(sigma: np.ndarray) -> Rows:
     """UniP-2 and UniC-2, B(h) = e^h - 1, data prediction (Zhao et al. 2023, eq. 7-9 and appendix).
 
     With phi = e^-h - 1: x' = (sigma' / sigma) x - phi (D_0 + (D_1 - D_0) / (2 r)), r = h_before / h
     with its sign. The corrector redoes the step before once D at its end is known. First and last
     steps are Euler.
     """
-    rows = _multistep_rows(sigma)
+    rows = _rows(sigma)
     steps = len(sigma) - 1
     lambdas = -np.log(np.maximum(sigma, np.finfo(float).tiny))
     orders = [1 if i == 0 or sigma[i + 1] == 0 else 2 for i in range(steps)]
@@ -317,22 +276,38 @@ def plan_unipc(sigma: np.ndarray) -> MultistepRow:
     return rows
 
 
-def plan_lcm(sigma: np.ndarray) -> MultistepRow:
+def plan_lcm(sigma: np.ndarray) -> Rows:
     """x' = D + sigma' eps. (The paper's c_skip is under 1e-4 for every t >= 5, and left out.)"""
-    rows = _multistep_rows(sigma)
+    rows = _rows(sigma)
     rows.scale[:] = 0.0
     rows.history[:, 0] = 1.0
     rows.noise[:] = sigma[1:]
     return rows
 
 
-def _two_stage_rows(sigma: np.ndarray, second: np.ndarray, middle: np.ndarray, final: np.ndarray) -> TwoStageRow:
-    """A table whose last row, if it ends at sigma = 0, is one Euler step: x' = D."""
-    two_calls = sigma[1:] > 0
-    middle = np.where(two_calls[:, None], middle, [1.0, 0.0, 0.0])
-    final = np.where(two_calls[:, None], final, [0.0, 1.0, 0.0, 0.0, 0.0])
-    second = np.where(two_calls, second, sigma[:-1])
-    return TwoStageRow(Level(np.stack([sigma[:-1], second], -1), None), middle, final, two_calls)
+def _two_calls(sigma: np.ndarray, second: np.ndarray, middle: np.ndarray, final: np.ndarray) -> Rows:
+    """Two rows for each step that calls the network twice, one Euler row x' = D for a last step to sigma = 0.
+
+    D = denoise(x, sigma);      y = middle . (x, D, eps_1)
+    E = denoise(y, second);     x' = final . (x, D, E, eps_0, eps_1)
+
+    with middle float64[s, 3] and final float64[s, 5]. The second row no longer has eps_1, but x, D and y, in which it
+    is: eps_1 = (y - middle_0 x - middle_1 D) / middle_2.
+    """
+    two = sigma[1:] > 0
+    first = np.cumsum(np.append(0, 1 + two))[:-1]  # each step's first row
+    visited = np.empty(len(two) + two.sum() + 1)
+    visited[first], visited[first[two] + 1], visited[-1] = sigma[:-1], second[two], sigma[-1]
+    rows = _rows(visited)
+    rows.scale[first] = np.where(two, middle[:, 0], 0.0)
+    rows.history[first, 0] = np.where(two, middle[:, 1], 1.0)
+    rows.noise[first] = np.where(two, middle[:, 2], 0.0)
+    then, middle, final = first[two] + 1, middle[two], final[two]
+    again = np.divide(final[:, 4], middle[:, 2], out=np.zeros(len(then)), where=middle[:, 2] > 0)
+    rows.correct[then] = np.stack([again, final[:, 0] - again * middle[:, 0]], -1)
+    rows.history[then, :2] = np.stack([final[:, 2], final[:, 1] - again * middle[:, 1]], -1)
+    rows.noise[then] = final[:, 3]
+    return rows
 
 
 def _runge_kutta(
@@ -357,23 +332,23 @@ def _finite(sigma: np.ndarray) -> np.ndarray:
     return np.where(sigma > 0, sigma, np.finfo(np.float32).tiny)
 
 
-def plan_heun(sigma: np.ndarray) -> TwoStageRow:
+def plan_heun(sigma: np.ndarray) -> Rows:
     """x' = x + (sigma' - sigma) (d + d') / 2, d' the slope where Euler's step lands."""
     before, after = sigma[:-1], _finite(sigma[1:])
     middle, final = _runge_kutta(before, after, after, 0.5, np.zeros_like(before))
-    return _two_stage_rows(sigma, after, middle, final)
+    return _two_calls(sigma, after, middle, final)
 
 
-def plan_dpm2(sigma: np.ndarray, eta: float = 0.0) -> TwoStageRow:
+def plan_dpm2(sigma: np.ndarray, eta: float = 0.0) -> Rows:
     """x' = x + (down - sigma) d at the geometric middle of sigma and down, + up eps."""
     before, after = sigma[:-1], _finite(sigma[1:])
     down, up = _ancestral(before, after, eta)
     second = np.sqrt(before * down)
     middle, final = _runge_kutta(before, second, down, 1.0, up)
-    return _two_stage_rows(sigma, second, middle, final)
+    return _two_calls(sigma, second, middle, final)
 
 
-def plan_dpmpp_sde(sigma: np.ndarray, eta: float = 1.0) -> TwoStageRow:
+def plan_dpmpp_sde(sigma: np.ndarray, eta: float = 1.0) -> Rows:
     """Two ancestral steps in lambda, to the middle s and from sigma to sigma' with D at s.
 
     y = (down_s / sigma) x + (1 - down_s / sigma) D + up_s eps_1 and
@@ -388,7 +363,7 @@ def plan_dpmpp_sde(sigma: np.ndarray, eta: float = 1.0) -> TwoStageRow:
     zero = np.zeros_like(before)
     middle = [down_s / before, 1 - down_s / before, up_s]
     final = [down / before, zero, 1 - down / before, up * np.sqrt(1 - rho**2), up * rho]
-    return _two_stage_rows(sigma, second, np.stack(middle, -1), np.stack(final, -1))
+    return _two_calls(sigma, second, np.stack(middle, -1), np.stack(final, -1))
 
 
 def ddim(eta: float = 0.0) -> Sampler:
@@ -399,22 +374,22 @@ def ddim(eta: float = 0.0) -> Sampler:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], found {eta!r}")
-    return Sampler(Multistep(), partial(plan_euler, eta=eta), stochastic=eta > 0)
+    return Sampler(partial(plan_euler, eta=eta), stochastic=eta > 0)
 
 
 SAMPLERS = {
-    "ddpm": Sampler(Multistep(), partial(plan_euler, eta=1.0), stochastic=True),
+    "ddpm": Sampler(partial(plan_euler, eta=1.0), stochastic=True),
     "ddim": ddim(),
-    "plms": Sampler(Multistep(), plan_plms, stochastic=False),
-    "euler": Sampler(Multistep(), plan_euler, stochastic=False),
-    "euler_a": Sampler(Multistep(), partial(plan_euler, eta=1.0), stochastic=True),
-    "heun": Sampler(TwoStage(), plan_heun, stochastic=False),
-    "dpm2": Sampler(TwoStage(), plan_dpm2, stochastic=False),
-    "dpm2_a": Sampler(TwoStage(draws=1), partial(plan_dpm2, eta=1.0), stochastic=True),
-    "lms": Sampler(Multistep(), plan_lms, stochastic=False),
-    "dpmpp_2m": Sampler(Multistep(), plan_dpmpp_2m, stochastic=False),
-    "dpmpp_2m_sde": Sampler(Multistep(), plan_dpmpp_2m_sde, stochastic=True),
-    "dpmpp_sde": Sampler(TwoStage(draws=2), plan_dpmpp_sde, stochastic=True),
-    "unipc": Sampler(Multistep(), plan_unipc, stochastic=False),
-    "lcm": Sampler(Multistep(), plan_lcm, stochastic=True),
+    "plms": Sampler(plan_plms, stochastic=False),
+    "euler": Sampler(plan_euler, stochastic=False),
+    "euler_a": Sampler(partial(plan_euler, eta=1.0), stochastic=True),
+    "heun": Sampler(plan_heun, stochastic=False),
+    "dpm2": Sampler(plan_dpm2, stochastic=False),
+    "dpm2_a": Sampler(partial(plan_dpm2, eta=1.0), stochastic=True),
+    "lms": Sampler(plan_lms, stochastic=False),
+    "dpmpp_2m": Sampler(plan_dpmpp_2m, stochastic=False),
+    "dpmpp_2m_sde": Sampler(plan_dpmpp_2m_sde, stochastic=True),
+    "dpmpp_sde": Sampler(plan_dpmpp_sde, stochastic=True),
+    "unipc": Sampler(plan_unipc, stochastic=False),
+    "lcm": Sampler(plan_lcm, stochastic=True),
 }

@@ -91,7 +91,7 @@ def test_variance_preserving_samplers_agree_with_diffusers(name, spacing, steps,
     eta = 0.6 if name == "ddim_eta" else 0.0
     sigma, expected = variance_preserving_reference(base, spacing, steps, monkeypatch, prediction, eta)
     rows = (ddim(eta) if eta else SAMPLERS[base]).rows(SCHEDULE, sigma)
-    ours = run_toy(base, rows, prior(sigma), prediction[0].replace("e", "epsilon"))
+    ours = run_toy(rows, prior(sigma), prediction[0].replace("e", "epsilon"))
     assert relative_error(ours, expected) < 1e-4
 
 
@@ -125,7 +125,7 @@ def sigma_reference(name, spacing, steps, monkeypatch, prediction="epsilon"):
     sigma = unique(scheduler.sigmas)
     rows = SAMPLERS[name].rows(SCHEDULE, sigma)
     if name in VARIANCE_PRESERVING:
-        t = np.asarray(scheduler.timesteps, np.float64)[:, None]
+        t = np.asarray(scheduler.timesteps, np.float64)
         assert np.abs(rows.levels.t - t).max() <= 1 + 1e-3  # whole numbers there
         return sigma, rows._replace(levels=Level(rows.levels.sigma, t)), run_diffusers(scheduler, X_T, monkeypatch)
     return sigma, rows, run_diffusers(scheduler, prior(sigma), monkeypatch)
@@ -137,7 +137,7 @@ def sigma_reference(name, spacing, steps, monkeypatch, prediction="epsilon"):
 @pytest.mark.parametrize("name", SIGMA_SCHEDULERS)
 def test_sigma_space_samplers_agree_with_diffusers(name, prediction, spacing, steps, monkeypatch):
     sigma, rows, expected = sigma_reference(name, spacing, steps, monkeypatch, prediction)
-    ours = run_toy(name, rows, prior(sigma), "v" if prediction[0] == "v" else "epsilon")
+    ours = run_toy(rows, prior(sigma), "v" if prediction[0] == "v" else "epsilon")
     assert relative_error(ours, expected) < 1e-4
 
 
@@ -157,9 +157,9 @@ def dpmpp_sde_reference(steps, monkeypatch):
             self.calls += 1
             if part == 0:
                 self.middle = sigma_next
-                return torch.tensor(noise(2 * index + 1))
+                return torch.tensor(noise(2 * index))
             rho2 = (sigma - self.middle) / (sigma - sigma_next)
-            eps_1, eps_0 = torch.tensor(noise(2 * index + 1)), torch.tensor(noise(2 * index))
+            eps_1, eps_0 = torch.tensor(noise(2 * index)), torch.tensor(noise(2 * index + 1))
             return rho2.sqrt() * eps_1 + (1 - rho2).sqrt() * eps_0
 
     monkeypatch.setattr(module, "BrownianTreeNoiseSampler", Increments)
@@ -173,7 +173,7 @@ def dpmpp_sde_reference(steps, monkeypatch):
 def test_dpmpp_sde_agrees_with_diffusers(steps, monkeypatch):
     sigma, expected = dpmpp_sde_reference(steps, monkeypatch)
     rows = SAMPLERS["dpmpp_sde"].rows(SCHEDULE, sigma)
-    ours = run_toy("dpmpp_sde", rows, prior(sigma))
+    ours = run_toy(rows, prior(sigma))
     assert relative_error(ours, expected) < 1e-4
 
 
@@ -188,7 +188,7 @@ def lcm_reference(steps, monkeypatch):
 @pytest.mark.parametrize("steps", STEPS)
 def test_lcm_agrees_with_diffusers(steps, monkeypatch):
     sigma, expected = lcm_reference(steps, monkeypatch)
-    ours = run_toy("lcm", SAMPLERS["lcm"].rows(SCHEDULE, sigma), prior(sigma))
+    ours = run_toy(SAMPLERS["lcm"].rows(SCHEDULE, sigma), prior(sigma))
     assert relative_error(ours, expected) < 1e-4
 
 

@@ -1,0 +1,200 @@
+"""What is asked for: one picture each, checked, and worked out on the host into a sampler's rows.
+
+All that may differ from picture to picture without another compiled program is in a `Request`; how far a plan for one
+picture reaches is its own affair, because every plan is filled up to a common number of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sdjax.config import ModelConfig, SamplingConfig, ScheduleConfig
+from sdjax.diffusion.samplers import SAMPLERS, Rows, ddim
+from sdjax.diffusion.schedule import SPACINGS, noise_schedule, start_step
+from sdjax.image import ImageLike
+from sdjax.types import Array, Guidance
+
+NOISES = ("jax", "torch")
+"""Where the starting noise may come from."""
+
+BATCH = 8
+"""Pictures made at once; longer requests are worked through in batches of this size."""
+
+ROW_BOUND = 64
+"""Plans are filled up to this number of rows, or the smallest power of two that holds them: one program for all."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture. None stands for the model's own default (`config.sampling`).
+
+    prompt, negative_prompt: what to paint, what to steer away from. seed: decides all randomness. steps: sampling
+    steps, 1 to 1000. guidance: classifier-free guidance scale; 1 leaves the negative prompt out and halves the work.
+    guidance_rescale: 0 to 1, against overexposure. guidance_interval: (start, stop) as fractions of the steps; outside
+    it guidance is 1. sampler: a name from `SAMPLERS`. spacing: a name from `SPACINGS`. eta: noise of "ddim", 0 to 1.
+    clip_skip: layers of the text encoder left out. width, height: in pixels. image: to start from; mask: white where it
+    is to be made anew. strength: how much of the image to change, 0 to 1 (0.75, with a mask 1). noise: where the
+    start comes from: "jax", "torch" (what PyTorch on a CPU draws for the seed, as diffusers starts from), or unit
+    normal numbers f32[h, w, c]. id: yours, comes back with the picture.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    sampler: str | None = None
+    spacing: str | None = None
+    eta: float | None = None
+    clip_skip: int | None = None
+    width: int | None = None
+    height: int | None = None
+    image: ImageLike | None = None
+    mask: ImageLike | None = None
+    strength: float | None = None
+    noise: str | Array | np.ndarray = "jax"
+    id: str = ""
+
+
+def filled_in(request: Request, own: SamplingConfig) -> Request:
+    """The request with every default in its place."""
+    own_settings = {name: getattr(own, name) for name in ("steps", "guidance", "sampler", "spacing")}
+    settings = {name: value for name, value in own_settings.items() if getattr(request, name) is None}
+    if request.strength is None:
+        settings["strength"] = 0.75 if request.image is not None and request.mask is None else 1.0
+    return dataclasses.replace(request, **settings)
+
+
+class Plan(NamedTuple):
+    """How to sample one picture, on the host. rows: with guidance filled in, float64[s, ...]; calls: the first rows,
+    those that run; sigma: the level to start at.
+    """
+
+    rows: Rows
+    calls: int
+    sigma: float
+
+
+def plan(request: Request, config: ModelConfig) -> Plan:
+    """The rows for one picture's settings. Cached: do not write into the result."""
+    full = filled_in(request, config.sampling)
+    settings = {name: getattr(full, name) for name in SAMPLING} | {"guidance_interval": tuple(full.guidance_interval)}
+    return _plan(config.schedule, **settings)
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    config: ScheduleConfig,
+    *,
+    steps: int,
+    sampler: str,
+    spacing: str,
+    eta: float | None,
+    strength: float,
+    guidance: float,
+    guidance_rescale: float,
+    guidance_interval: tuple[float, float],
+) -> Plan:
+    schedule = noise_schedule(config)
+    sigma = schedule.levels(steps, spacing)
+    low, high = _interval(sigma, guidance_interval)
+    sigma = sigma[start_step(steps, strength) :]
+    chosen = SAMPLERS[sampler] if eta is None else ddim(eta)
+    count = len(chosen.plan(sigma).scale) if len(sigma) > 1 else 0
+    rows = chosen.rows(schedule, sigma, row_bound(count))
+    inside = (low < rows.levels.sigma) & (rows.levels.sigma <= high) & (np.arange(len(rows.scale)) < count)
+    scale = np.where(inside, guidance, 1.0)
+    steering = Guidance(scale, np.where(inside, guidance_rescale, 0.0), scale != 1)
+    return Plan(rows._replace(levels=rows.levels._replace(guidance=steering)), count, float(sigma[0]))
+
+
+SAMPLING = ("steps", "guidance", "guidance_rescale", "guidance_interval", "sampler", "spacing", "eta", "strength")
+"""The fields of a request that its plan is made from."""
+
+
+def row_bound(count: int) -> int:
+    """The number of rows that a plan of `count` is filled up to."""
+    return max(ROW_BOUND, 1 << max(0, count - 1).bit_length())
+
+
+def stacked(plans: Sequence[Plan]) -> tuple[Rows, int]:
+    """The plans of a batch as rows f32[s, b, ...], and how many of them run: as many as the longest plan has."""
+    rows: Rows = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *(plan.rows for plan in plans))
+    levels = rows.levels
+    assert levels.guidance is not None
+    steering = levels.guidance._replace(used=levels.guidance.used.any(axis=1))
+    rows = rows._replace(levels=levels._replace(guidance=steering))
+    rows = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(np.float32), rows)
+    return rows, max(plan.calls for plan in plans)
+
+
+def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float, float]:
+    """Fractions of the steps -> the sigmas (low, high] that the guided steps start from."""
+    steps = len(sigma) - 1
+    first, last = (round(fraction * steps) for fraction in fractions)
+    high = np.inf if first == 0 else (sigma[first - 1] + sigma[first]) / 2
+    low = -1.0 if last == steps else (sigma[last - 1] + sigma[last]) / 2 if last > 0 else np.inf
+    return float(low), float(high)
+
+
+def check_settings(
+    *,
+    prompts: Any = ("",),
+    negative_prompt: Any = "",
+    steps: Any = 25,
+    guidance: Any = 7.5,
+    guidance_rescale: Any = 0.0,
+    guidance_interval: Any = (0.0, 1.0),
+    sampler: Any = "dpmpp_2m",
+    spacing: Any = "karras",
+    eta: Any = None,
+    seed: Any = 0,
+    count: Any = 1,
+    clip_skip: Any = None,
+    strength: Any = None,
+    noise: Any = "jax",
+    batch: Any = BATCH,
+) -> None:
+    """Raises ValueError, naming the setting, what was expected and what was found, unless all are usable."""
+
+    def need(good: bool, name: str, expected: str, found: Any) -> None:
+        if not good:
+            raise ValueError(f"{name} must be {expected}, found {found!r}")
+
+    def is_int(value: Any) -> bool:
+        return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+    def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
+        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        return number and bool(np.isfinite(value)) and low <= value <= high
+
+    good = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(text, str) for text in prompts)
+    need(good, "prompt", "a string, or a list of at least one string", prompts)
+    need(isinstance(negative_prompt, str), "negative_prompt", "a string", negative_prompt)
+    need(is_int(steps) and steps > 0, "steps", "a whole number above 0", steps)
+    need(is_real(guidance), "guidance", "a finite number", guidance)
+    need(is_real(guidance_rescale, 0, 1), "guidance_rescale", "in [0, 1]", guidance_rescale)
+    good = isinstance(guidance_interval, tuple | list) and len(guidance_interval) == 2
+    good = (
+        good and all(is_real(end, 0, 1) for end in guidance_interval) and guidance_interval[0] <= guidance_interval[1]
+    )
+    need(good, "guidance_interval", "two fractions of the steps, 0 <= start <= stop <= 1", guidance_interval)
+    need(isinstance(sampler, str) and sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", sampler)
+    need(spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}", spacing)
+    need(eta is None or sampler == "ddim", "eta", f"left out for {sampler} (it belongs to ddim)", eta)
+    need(eta is None or is_real(eta, 0, 1), "eta", "in [0, 1]", eta)
+    need(not isinstance(noise, str) or noise in NOISES, "noise", f"one of {', '.join(NOISES)}, or an array", noise)
+    need(is_int(count) and count > 0, "count", "a whole number above 0", count)
+    need(is_int(batch) and batch > 0, "batch", "a whole number above 0", batch)
+    need(is_int(seed) and 0 <= seed <= 2**32 - count, "seed", "a whole number in [0, 2^32 - count]", seed)
+    need(clip_skip is None or (is_int(clip_skip) and clip_skip >= 0), "clip_skip", "a whole number from 0", clip_skip)
+    need(strength is None or is_real(strength, 0, 1), "strength", "in [0, 1]", strength)
