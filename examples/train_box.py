@@ -38,21 +38,22 @@ from sdjax.train.settings import Settings
 from sdjax.train.tasks import clip_task, unet_task, vae_task
 
 CPU = {
-    "vae": Settings(steps=9000, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
-    "clip": Settings(steps=2500, batch=128, learning_rate=1e-3, weight_decay=0.1, ema=0.99),
-    "unet": Settings(steps=18000, batch=32, learning_rate=1e-3, warmup=300),
+    "vae": Settings(steps=9000, decay=4500, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
+    "clip": Settings(steps=2500, decay=1250, batch=128, learning_rate=1e-3, weight_decay=0.1, ema=0.99),
+    "unet": Settings(steps=13500, decay=4500, batch=32, learning_rate=1e-3, warmup=300),
 }
 GPU = {
-    "vae": dataclasses.replace(CPU["vae"], steps=30000, batch=64, scan=10),
-    "clip": dataclasses.replace(CPU["clip"], steps=4000, batch=512, scan=10),
-    "unet": dataclasses.replace(CPU["unet"], steps=40000, batch=256, scan=10),
+    "vae": dataclasses.replace(CPU["vae"], steps=30000, decay=15000, batch=64, scan=10),
+    "clip": dataclasses.replace(CPU["clip"], steps=4000, decay=2000, batch=512, scan=10),
+    "unet": dataclasses.replace(CPU["unet"], steps=40000, decay=20000, batch=256, scan=10),
 }
 
 
 def scaled(settings: Settings, scale: float) -> Settings:
-    """The same training with `scale` times its updates, in whole scans; the learning rate falls over the last half."""
+    """The same training with `scale` times its updates, in whole scans."""
     steps = max(1, round(settings.steps * scale / settings.scan)) * settings.scan
-    return dataclasses.replace(settings, steps=steps, decay=steps // 2, warmup=min(settings.warmup, steps // 4))
+    decay = int(settings.decay * steps / settings.steps)
+    return dataclasses.replace(settings, steps=steps, decay=decay, warmup=min(settings.warmup, steps // 4))
 
 
 def standardised(model: Pipeline, data: Dataset) -> Pipeline:
