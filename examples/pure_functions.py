@@ -2,7 +2,7 @@
 
     python examples/pure_functions.py [--model sd15] [--output picture.png]
 
-Without a model: an untrained tiny one, some 15 seconds on two CPU cores, a noisy square of 64 x 64.
+Without a model: the one in the box, some 15 seconds on two CPU cores, a pictogram of 64 x 64.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python examples/text_to_image.py [--model v1-5-pruned-emaonly.ckpt] [--output sheet.png]
 
-Without a model: an untrained tiny one, some 20 seconds on two CPU cores, a sheet of 4 noisy squares (256 x 64).
+Without a model: the one in the box, some 20 seconds on two CPU cores, a sheet of 4 pictograms (256 x 64).
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 Everything lies in run/: the data set, a training run for each part (loss.png and samples/ show how far it is), and at
 the end run/box: `sdjax txt2img "red heart" --model run/box`. Interrupt it as you like; the same command goes on. On two
-CPU cores it takes six hours; --gpu is for longer trainings in larger batches. --scale 0.01 is a rehearsal of the whole
-way. No finished run has been measured yet.
+CPU cores it takes five hours; --gpu is for longer trainings in larger batches, and was not tried yet. --scale 0.01 is a
+rehearsal of the whole way. The model in the box was made with --scale 0.33 (its card is sdjax/assets/box/README.md).
 """
 
 from __future__ import annotations

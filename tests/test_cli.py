@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sdjax import checkpoint, cli
+from sdjax.config import BOX
 from sdjax.models.params import random_params
 from sdjax.recipe import read_recipe
 from tests.small import SMALL
@@ -118,13 +119,13 @@ def test_photographs_are_not_overwritten(model, photo, capsys):
     assert photo.read_bytes() == before
 
 
-def test_without_a_model_the_output_says_what_painted(here, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["txt2img", "--help"])
-    capsys.readouterr()
+def test_without_a_model_the_box_paints_with_its_own_settings(here, capsys):
     assert "no such folder" in fails(capsys, "txt2img", "x", "-o", "no/such/x.png")
-    assert cli.main(["txt2img", "red heart", "-o", "h.png", "--steps", "1", "--guidance", "1", "--size", "16x16"]) == 0
-    assert "untrained tiny model with random weights" in capsys.readouterr().err
+    assert cli.main(["txt2img", "red heart", "-o", "h.png", "--steps", "2"]) == 0
+    recipe = read_recipe("h.png")
+    assert (recipe.width, recipe.height) == (64, 64)
+    own = BOX.sampling
+    assert (recipe.guidance, recipe.sampler, recipe.spacing) == (own.guidance, own.sampler, own.spacing)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import convert
 import sdjax
 from convert.write import write_diffusers, write_safetensors
 from sdjax import checkpoint
-from sdjax.config import TINY
-from sdjax.load import SHORT_NAMES, converted, describe, find, load, needed_files
+from sdjax.config import BOX, TINY
+from sdjax.load import BOX_FOLDER, SHORT_NAMES, converted, describe, find, load, needed_files
 from sdjax.models.params import random_params
 from sdjax.tokenizer import clip_tokenizer
 
@@ -41,11 +41,15 @@ def assert_tiny(pipe):
         np.testing.assert_array_equal(a, b)
 
 
-def test_no_model_is_an_untrained_one_and_says_so():
-    with pytest.warns(UserWarning, match="untrained tiny model with random weights"):
-        pipe = load()
-    assert_tiny(pipe)
-    assert pipe.name == "tiny-random"
+def test_no_model_is_the_one_in_the_box():
+    pipe = load()
+    assert pipe.config == BOX
+    assert pipe.name == "box"
+    assert pipe.tokenizer.vocab_size == BOX.clip.vocab_size
+    assert {leaf.dtype for leaf in jax.tree.leaves(pipe.params)} == {np.dtype("float32")}
+    size = sum(file.stat().st_size for file in BOX_FOLDER.rglob("*") if file.is_file())
+    assert size <= 21 * 10**6, "the whole box; its parameters alone must stay below 20 MB"
+    assert (BOX_FOLDER / "params.safetensors").stat().st_size <= 20 * 10**6
 
 
 def test_every_kind_of_model_is_loaded(folder, tmp_path):

@@ -1,9 +1,9 @@
 """How well the model in the box draws what it is told: one table, the same numbers at every run.
 
     python examples/make_emoji.py emoji
-    python examples/benchmarks/box_quality.py emoji run/box [--out DIR] [--curves]
+    python examples/benchmarks/box_quality.py emoji sdjax/assets/box [--out DIR] [--curves]
 
-where run/box is what examples/train_box.py wrote.
+The model may be any that examples/train_box.py wrote; its figures stand in the README.
 
 Pictures are compared pixel by pixel: the distance of two is the root of the summed squared differences of their RGB
 values in [0, 1]. A picture's rank is the number of gallery pictures at least as near as the one that its caption names;
@@ -15,7 +15,7 @@ called by the nearest of the references: for each word of COLOURS the mean colou
 "<word> circle" and "<word> square", and white. The table also says how many of the true pictures this rule gets right.
 
 --out writes quality.json, sheets of pictures and, with --curves, top-1 over guidance and over steps for every sampler.
-On two CPU cores it takes about ten minutes, with --curves about forty.
+On two CPU cores it takes five minutes, with --curves about forty.
 """
 
 from __future__ import annotations
