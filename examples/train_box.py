@@ -5,21 +5,18 @@
 
 Everything lies in run/: the data set, a training run for each part (loss.png and samples/ show how far it is), and at
 the end run/box: `sdjax txt2img "red heart" --model run/box`. Interrupt it as you like; the same command goes on. On two
-CPU cores it takes five hours; --gpu is for longer trainings in larger batches, and was not tried yet. --scale 0.01 is a
-rehearsal of the whole way. The model in the box was made with --scale 0.33 (its card is sdjax/assets/box/README.md).
+CPU cores it takes an hour and a half; --scale 4 is for an afternoon, --scale 0.01 a rehearsal of the whole way; --gpu
+is for longer trainings in larger batches, and was not tried yet. What sdjax carries came from this command: its card is
+sdjax/assets/box/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
 import time
 from pathlib import Path
-
-# One of XLA's kernels for the gradients of convolutions takes 1.5 times as long on a CPU as the usual one.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_experimental_ynn_fusion_type="
 
 import jax
 import numpy as np
@@ -38,9 +35,9 @@ from sdjax.train.settings import Settings
 from sdjax.train.tasks import clip_task, unet_task, vae_task
 
 CPU = {
-    "vae": Settings(steps=9000, decay=4500, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
-    "clip": Settings(steps=2500, decay=1250, batch=128, learning_rate=1e-3, weight_decay=0.1, ema=0.99),
-    "unet": Settings(steps=13500, decay=4500, batch=32, learning_rate=1e-3, warmup=300),
+    "vae": Settings(steps=3750, decay=1875, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
+    "clip": Settings(steps=825, decay=412, batch=128, learning_rate=1e-3, weight_decay=0.1, ema=0.99),
+    "unet": Settings(steps=6000, decay=2000, batch=48, learning_rate=1e-3, warmup=300),
 }
 GPU = {
     "vae": dataclasses.replace(CPU["vae"], steps=30000, decay=15000, batch=64, scan=10),

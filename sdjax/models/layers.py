@@ -62,6 +62,16 @@ def tile_rows(x: Array, rows: int) -> Array:
     return x if x.shape[0] == rows else jnp.tile(x, (rows // x.shape[0],) + (1,) * (x.ndim - 1))
 
 
+def over_rows(vector: Array, shape: tuple[int, ...]) -> Array:
+    """f[features], broadcast to f[..., features] of that shape, as if by a product with a column of ones.
+
+    The gradient is then a product, too: on a CPU a sum over rows would be fused with everything that computes the rows,
+    and take longer than the layer itself.
+    """
+    ones = jnp.ones((math.prod(shape[:-1]), 1), vector.dtype)
+    return jnp.dot(ones, vector[None], precision=lax.Precision.HIGHEST).reshape(shape)
+
+
 class Dense(nn.Module):
     """A linear map f[..., in] -> f[..., features]."""
 
@@ -71,8 +81,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", fan_in_normal, (x.shape[-1], self.features))
-        y = jnp.dot(x.astype(kernel.dtype), kernel)
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else y
+        rows = x.astype(kernel.dtype).reshape(-1, x.shape[-1])  # the gradient is one product of two matrices
+        y = jnp.dot(rows, kernel).reshape(*x.shape[:-1], self.features)
+        return y + over_rows(self.param("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
 
 
 class Conv(nn.Module):
@@ -93,7 +104,7 @@ class Conv(nn.Module):
             y = lax.platform_dependent(x, kernel, cpu=self.by_product, default=self.by_convolution)
         else:
             y = self.by_convolution(x, kernel)
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else y
+        return y + over_rows(self.param("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
 
     def by_convolution(self, x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(
@@ -112,6 +123,11 @@ class Conv(nn.Module):
         return jnp.dot(jnp.concatenate(rows, axis=-1), kernel.reshape(-1, self.features))
 
 
+def _scaled(y: Array, scale: Array, bias: Array) -> Array:
+    """What follows every normalisation: y f32[..., c] times scale f[c] plus bias f[c], in float32."""
+    return y * over_rows(scale.astype(y.dtype), y.shape) + over_rows(bias.astype(y.dtype), y.shape)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, in float32 (Ba et al. 2016)."""
 
@@ -124,7 +140,7 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+        return _scaled(y, scale, bias).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -140,8 +156,7 @@ class GroupNorm(nn.Module):
         y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
         y = y - y.mean((1, 3), keepdims=True)
         y = y * lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.epsilon)
-        y = y.reshape(x.shape) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-        return y.astype(x.dtype)
+        return _scaled(y.reshape(x.shape), scale, bias).astype(x.dtype)
 
 
 class ResBlock(nn.Module):
