@@ -37,7 +37,7 @@ from sdjax.train.tasks import clip_task, unet_task, vae_task
 CPU = {
     "vae": Settings(steps=3750, decay=1875, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
     "clip": Settings(steps=825, decay=412, batch=128, learning_rate=1e-3, weight_decay=0.1, ema=0.99),
-    "unet": Settings(steps=6000, decay=2000, batch=48, learning_rate=1e-3, warmup=300),
+    "unet": Settings(steps=5000, decay=1700, batch=48, learning_rate=1e-3, warmup=300),
 }
 GPU = {
     "vae": dataclasses.replace(CPU["vae"], steps=30000, decay=15000, batch=64, scan=10),

@@ -562,8 +562,9 @@ def described(pipe: Pipeline, out: Path, batch: int) -> str:
     """What `run` would do, as lines to print: pictures, batches and programs by shape, estimated memory."""
     job, manifest = Job(out / "jobs.jsonl"), Manifest(out / "manifest.jsonl")
     lines = [f"{len(job.offsets)} requests, {job.pictures} pictures, {len(manifest.entries)} of them made"]
-    own = pipe.config.image_size
-    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.params))
+    own, shares = pipe.config.image_size, pipe.placement.shares
+    at_once, each = batch * shares, " on each device" if shares * pipe.placement.model > 1 else ""
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.params)) // pipe.placement.model
     for (size, clip_skip, rows), pictures in job.shapes.items():
         if size == "unreadable":
             lines.append(f"  unreadable init_image: {pictures} pictures")
@@ -573,7 +574,7 @@ def described(pipe: Pipeline, out: Path, batch: int) -> str:
         memory = (parameters + working_set(pipe, width, height, batch)) / 1e9
         lines.append(
             f"  {width}x{height}{skipped}, up to {rows} UNet calls: {pictures} pictures in "
-            f"{-(-pictures // batch)} batches of {batch}, one program; about {memory:.1f} GB"
+            f"{-(-pictures // at_once)} batches of {at_once}, one program; about {memory:.1f} GB{each}"
         )
     return "\n".join(lines) + "\n"
 

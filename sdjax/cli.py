@@ -135,7 +135,7 @@ def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
     add("--noise", choices=NOISES, help="where seeds' noise comes from; torch: as diffusers on a CPU (jax)")
     if task != "txt2img":
         add("--strength", type=float, metavar="X", help=f"how much to change, 0 to 1 ({STRENGTH[task]})")
-    add("--no-compile-cache", action="store_true", help="do not keep compiled programs in SDJAX_CACHE")
+    _add_devices(command)
     add("--recipe", metavar="PICTURE", help="take everything not given here from this picture's recipe")
 
 
@@ -147,11 +147,11 @@ def _add_batch(commands: Any) -> None:
     add("-o", "--output", required=True, metavar="DIR", help="folder of the job: pictures and manifest.jsonl")
     add("--model", metavar="M", help="anything that txt2img takes")
     add("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (float32)")
-    add("--batch", type=int, default=8, metavar="N", help="pictures made at once (8)")
+    add("--batch", type=int, default=8, metavar="N", help="pictures made at once on each device (8)")
     add("--format", choices=["png", "webp", "jpg"], default="png", help="of the pictures (png)")
     add("--shards", action="store_true", help="WebDataset .tar shards instead of single files")
     add("--skip-bad", action="store_true", help="leave out lines that are no requests, into rejected.jsonl")
-    add("--no-compile-cache", action="store_true", help="do not keep compiled programs in SDJAX_CACHE")
+    _add_devices(command)
     add("--dry-run", action="store_true", help="check the job and print the plan alone")
     group = command.add_argument_group("for lines that do not say otherwise")
     for name, kind in (("negative-prompt", str), ("sampler", str), ("spacing", str), ("size", str), ("noise", str)):
@@ -163,6 +163,15 @@ def _add_batch(commands: Any) -> None:
     command.set_defaults(run=batch, model="")
 
 
+def _add_devices(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--devices", type=int, metavar="N", help="GPUs or TPUs to use (all of this machine)")
+    add("--parallel", choices=["jit", "pmap"], default="jit", help="how devices share the work (jit)")
+    add("--split-params", type=int, default=1, metavar="N", help="devices that hold one copy of the parameters (1)")
+    add("--exact", action="store_true", help="the same bits in any batch on any number of devices; slower")
+    add("--no-compile-cache", action="store_true", help="do not keep compiled programs in SDJAX_CACHE")
+
+
 def _add_warmup(commands: Any) -> None:
     text = "compile what pictures of a size need, ahead of time"
     command = commands.add_parser("warmup", help=text, description=text + ", and print each program's seconds.")
@@ -170,8 +179,9 @@ def _add_warmup(commands: Any) -> None:
     add("--model", default="", metavar="M", help="anything that txt2img takes")
     add("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (float32)")
     add("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own)")
-    add("--count", type=int, default=1, metavar="N", help="pictures made at once (1)")
-    command.set_defaults(run=warmup, no_compile_cache=False)
+    add("--count", type=int, default=1, metavar="N", help="pictures made at once on each device (1)")
+    _add_devices(command)
+    command.set_defaults(run=warmup)
 
 
 def warmup(options: argparse.Namespace) -> int:
@@ -181,7 +191,7 @@ def warmup(options: argparse.Namespace) -> int:
 
     size = _size(options.size)
     with _progress(options.model) as (on_convert, _):
-        pipe = _load(options.model, options.dtype, on_convert)
+        pipe = _on_devices(_load(options.model, options.dtype, on_convert), options)
     width, height = size or (pipe.config.image_size, pipe.config.image_size)
     seconds = warm_up(pipe, width, height, options.count)
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
@@ -218,7 +228,7 @@ def batch(options: argparse.Namespace) -> int:
         for line in rejected:
             console.print(f"sdjax: note: line {line.number} left out: {line.reason}", markup=False)
         with _progress(options.model) as (on_convert, _):
-            pipe = _load(options.model, options.dtype, on_convert)
+            pipe = _on_devices(_load(options.model, options.dtype, on_convert), options)
         if options.dry_run:
             print(jobs.described(pipe, out, options.batch), end="")
             return 0
@@ -247,7 +257,7 @@ def batch(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
     from sdjax.recipe import FORMATS, Recipe, file_hash, save_picture
-    from sdjax.request import check_settings
+    from sdjax.request import BATCH, check_settings
 
     settings = _settings(options)
     size = _size(settings.pop("size"))
@@ -269,7 +279,7 @@ def generate(options: argparse.Namespace) -> int:
 
     check_settings(**{k: v for k, v in settings.items() if k not in FROM_MODEL or v is not None}, count=count)
     with _progress(model) as (on_convert, on_step):
-        pipe = _load(model, dtype, on_convert)
+        pipe = _on_devices(_load(model, dtype, on_convert), options, count)
         for name in FROM_MODEL:
             settings[name] = getattr(pipe.config.sampling, name) if settings[name] is None else settings[name]
         if not output.suffix:
@@ -283,9 +293,9 @@ def generate(options: argparse.Namespace) -> int:
         if task == "txt2img":
             settings.pop("strength")
         first = settings.pop("seed")
-        batch = min(count, 8)
-        for start in range(0, count, batch):
-            part = min(batch, count - start)
+        at_once = BATCH * pipe.placement.shares
+        for start in range(0, count, at_once):
+            part = min(at_once, count - start)
             step = on_step(f"{start + 1}-{start + part} of {count}" if count > 1 else "sampling")
             pictures = call(**settings, **shape, seed=first + start, count=part, progress=step)
             for offset, picture in enumerate(pictures):
@@ -360,6 +370,22 @@ def _load(model: str, dtype: str, on_convert: Callable[[int, int], None]) -> Any
     from sdjax.load import load
 
     return load(model or None, dtype=dtype, progress=on_convert)
+
+
+def _on_devices(pipe: Any, options: argparse.Namespace, pictures: int | None = None) -> Any:
+    """The pipeline over the devices that were asked for: all of the machine, but no more than there are pictures.
+
+    Several devices of a CPU are one CPU; of these only as many are used as were asked for.
+    """
+    import jax
+
+    there = jax.local_devices()
+    if options.devices is not None and not 1 <= options.devices <= len(there):
+        raise ValueError(f"--devices must be between 1 and the {len(there)} of this machine, found {options.devices}")
+    devices = options.devices or (1 if there[0].platform == "cpu" else len(there))
+    if pictures is not None:
+        devices = min(devices, pictures * options.split_params)
+    return pipe.on(there[:devices], parallel=options.parallel, model=options.split_params, exact=options.exact)
 
 
 @contextmanager

@@ -28,11 +28,13 @@ def keep_programs(folder: Path) -> None:
 
 
 def warm_up(pipe: Pipeline, width: int, height: int, batch: int) -> dict[str, float]:
-    """Compiles, or reads from the cache, all that pictures of a size need, `batch` at a time; seconds by program.
+    """Compiles, or reads from the cache, all that pictures of a size need, `batch` at a time on each device; seconds by
+    program.
 
     For the whole loop (`Pipeline.batch`, and calls without progress) and for single steps (calls with progress).
     """
-    settings: dict[str, Any] = dict(width=width, height=height, steps=1, count=batch, batch=batch)
+    count = batch * pipe.placement.shares
+    settings: dict[str, Any] = dict(width=width, height=height, steps=1, count=count, batch=batch)
     with _compilations() as seconds:
         pipe.text_to_image("", **settings)
         pipe.text_to_image("", progress=lambda *_: None, **settings)

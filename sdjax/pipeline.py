@@ -1,17 +1,16 @@
-"""Text to image, image to image and inpainting: pure functions, and a thin `Pipeline` that feeds them.
+"""A model ready for use: requests in, pictures out.
 
-The pure part is four functions of arrays: `encode_text`, `encode_images`, `generate_latents`, `decode_latents`. All
-three tasks are the same `generate_latents`: a task only says where to start (noise, or a noised picture), what to hold
-fixed (the known region) and what else to show the network (mask and masked picture).
+`Pipeline` checks what it is given, prepares it on the host, groups it into batches, and has them made by the programs
+of `sdjax.functions`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,139 +19,20 @@ from PIL import Image
 
 from sdjax import image as images
 from sdjax.config import ModelConfig
-from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
-from sdjax.diffusion.sample import image_keys, initial_noise, sample, stream, with_time_table
-from sdjax.diffusion.samplers import Rows
-from sdjax.diffusion.schedule import per_image
+from sdjax.diffusion.sample import bound_like, each_row, image_keys
+from sdjax.diffusion.samplers import first_carry
 from sdjax.diffusion.torch_noise import torch_noise
-from sdjax.models.clip import TextEncoder
-from sdjax.models.unet import UNet
-from sdjax.models.vae import VAE
+from sdjax.functions import Batch, encode_images, inpainting_channels, programs
 from sdjax.request import BATCH, SAMPLING, Plan, Request, check_settings, filled_in, plan, stacked
+from sdjax.sharding import HERE, Placement
 from sdjax.tokenizer import Tokenizer
-from sdjax.types import Array, Denoiser, Latent, Level, Params
+from sdjax.types import Array, Latent, Params
 
 SOURCES = 64
 """Prepared pictures that are kept for later requests with the same one."""
 
 WAITING = 8
 """Batches of requests that may wait for others of their shape."""
-
-
-class Inputs(NamedTuple):
-    """What the denoiser is made from: everything that may change without compiling anew.
-
-    unet: the UNet's parameters. context_kv: `UNet.text_kv` of the negative prompts, then of the prompts, 2b rows.
-    known f32[b, h, w, 4] and mask f32[b, h, w, 1]: the region to keep, where the mask is 0 (all 1: nothing is kept).
-    concat f32[b, h, w, k]: channels behind the latent; k = 0 for models without.
-    """
-
-    unet: Params
-    context_kv: Any
-    known: Array
-    mask: Array
-    concat: Array
-
-
-@dataclass(frozen=True)
-class MakeDenoiser:
-    """Inputs -> Denoiser; equal for equal fields, so that it can be static under jit."""
-
-    config: ModelConfig
-
-    def __call__(self, inputs: Inputs) -> Denoiser:
-        unet = UNet(self.config.unet)
-
-        def predict(kv: Any, x: Latent, level: Level) -> Any:
-            x = jnp.concatenate([x, inputs.concat], axis=-1)
-            return unet.apply({"params": inputs.unet}, x, level.time, kv, method="predict")
-
-        positive = jax.tree.map(lambda leaf: leaf[leaf.shape[0] // 2 :], inputs.context_kv)
-        network = guided(partial(predict, inputs.context_kv), partial(predict, positive))
-        return keep_known(to_denoiser(network, self.config.schedule.prediction), inputs.known, inputs.mask)
-
-
-@partial(jax.jit, static_argnames=("config", "skip"))
-def encode_text(params: Params, ids: Array, *, config: ModelConfig, skip: int | None = None) -> Array:
-    """Token ids i32[b, l] -> the context f[b, l, d] that the UNet attends to. params: the "text" tree."""
-    return TextEncoder(config.clip).apply({"params": params}, ids, skip).last_hidden_state  # type: ignore
-
-
-@partial(jax.jit, static_argnames="config")
-def encode_images(params: Params, pictures: Array, *, config: ModelConfig) -> Latent:
-    """Pictures f32[b, H, W, 3] in [-1, 1] -> scaled latents f32[b, h, w, 4], the posterior's mean, one at a time."""
-
-    def encode(picture: Array) -> Array:
-        posterior: Any = VAE(config.vae).apply({"params": params}, picture[None], method="encode")
-        return posterior.mean[0] * config.vae.scaling_factor
-
-    return jax.lax.map(encode, pictures)
-
-
-@partial(jax.jit, static_argnames="config")
-def decode_latents(params: Params, latents: Latent, *, config: ModelConfig) -> Array:
-    """Scaled latents f32[b, h, w, 4] -> pictures u8[b, H, W, 3], one at a time so that memory stays bounded."""
-
-    def decode(latent: Array) -> Array:
-        z = latent[None] / config.vae.scaling_factor
-        picture: Any = VAE(config.vae).apply({"params": params}, z, method="decode")
-        return images.to_uint8(picture)[0]
-
-    return jax.lax.map(decode, latents)
-
-
-@partial(jax.jit, static_argnames="config")
-def text_kv(params: Params, context: Array, *, config: ModelConfig) -> Any:
-    """The context's keys and values for every cross-attention, computed once per prompt."""
-    return UNet(config.unet).apply({"params": params}, context, method="text_kv")
-
-
-@partial(jax.jit, static_argnames="config")
-def time_tables(params: Params, rows: Any, *, config: ModelConfig) -> Any:
-    """A sampler's rows with the UNet's time shifts for all steps at once."""
-    return with_time_table(rows, lambda t: UNet(config.unet).apply({"params": params}, t, method="time_table"))
-
-
-@partial(jax.jit, static_argnames="config")
-def generate_latents(
-    inputs: Inputs, rows: Rows, count: Array, x: Latent, keys: Array, *, config: ModelConfig
-) -> Latent:
-    """The whole sampling loop as one program: x f32[b, h, w, 4] at the first row's level -> latents f32[b, h, w, 4].
-
-    rows: `request.stacked` plans through `time_tables`, [s, b, ...]; count: i32[], those that run. keys: key[b], one
-    for each picture.
-    """
-    return sample(MakeDenoiser(config), inputs, rows, x, keys, count)
-
-
-@jax.jit
-def start(unit: Array, sigma: Array, known: Latent, mask: Array, from_noise: Array) -> Latent:
-    """Where sampling starts, f32[b, h, w, c] in sigma space. unit: unit normal noise; sigma f32[b]; from_noise bool[b].
-
-    Pure noise is the prior N(0, I) of the variance-preserving view: sqrt(sigma^2 + 1) noise. A picture starts at
-    known + sigma noise, and so does the known region of inpainting (mask 0) even where the rest is pure noise.
-    """
-    noised = known + per_image(sigma, unit) * unit
-    pure = per_image(jnp.sqrt(sigma**2 + 1), unit) * unit
-    weight = per_image(from_noise, unit) * mask
-    return jnp.where(weight == 1, pure, noised + weight * (pure - noised))
-
-
-@jax.jit
-def all_finite(latents: Latent) -> Array:
-    """bool[b]: whether a picture's latents f32[b, h, w, c] hold neither infinity nor NaN."""
-    return jnp.isfinite(latents).all((1, 2, 3))
-
-
-def inpainting_channels(params: Params, pictures: Array, mask: Array, *, config: ModelConfig) -> Array:
-    """What a 9-channel model sees besides the latent: mask, then the latent of the picture with the mask cut out.
-
-    params: the "vae" tree. pictures f32[b, H, W, 3], mask f32[b, H, W, 1], 1 = paint; a soft mask cuts from 0.5 up.
-    """
-    masked = jnp.where(mask < 0.5, pictures, 0.0)
-    small = images.latent_mask(mask, config.vae.downscale)
-    hard = (small >= 0.5).astype(jnp.float32)
-    return jnp.concatenate([hard, encode_images(params, masked, config=config)], axis=-1)
 
 
 Progress = Callable[[int, int, Latent], None]
@@ -188,19 +68,41 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A model ready for use: configuration, parameters {"text", "vae", "unet"}, tokenizer, and a name. No other state.
+    """A model ready for use: configuration, parameters {"text", "vae", "unet"}, tokenizer, name, and where it runs. No
+    other state.
 
     Settings that all three tasks share are the fields of `Request`, by keyword, and besides
-        count: pictures of each prompt, with seeds seed, seed + 1, ...; batch: pictures made at once; progress: called
-        after every row of the sampler.
+        count: pictures of each prompt, with seeds seed, seed + 1, ...; batch: pictures made at once on each device;
+        progress: called after every row of the sampler.
     Results come prompt by prompt, seeds in order within a prompt. A picture depends on its own prompt, settings and
-    seed alone, not on what else is in the batch.
+    seed alone, not on what else is in the batch, nor on the devices: up to rounding, or to the bit (`on`).
     """
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
     name: str = "unnamed"
+    placement: Placement = HERE
+
+    def on(
+        self,
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        parallel: Literal["jit", "pmap"] = "jit",
+        model: int = 1,
+        exact: bool = False,
+    ) -> Pipeline:
+        """The same pipeline over several devices, all local ones if left out; it puts the parameters there.
+
+        parallel: "jit" (`jax.shard_map` inside) or "pmap". model: devices to split each parameter over. exact: the bits
+        of a picture depend neither on its batch nor on the number of devices (`sharding.Placement`).
+
+        Raises:
+            ValueError: as `Placement`.
+        """
+        chosen = tuple(jax.local_devices() if devices is None else devices)
+        placement = Placement(chosen if len(chosen) > 1 else None, parallel, model, exact)
+        return dataclasses.replace(self, params=placement.put(self.params), placement=placement)
 
     def text_to_image(
         self,
@@ -271,7 +173,8 @@ class Pipeline:
         batch: int = BATCH,
         on_error: Callable[[Request, Exception], None] | None = None,
     ) -> Iterator[tuple[Request, Image.Image]]:
-        """Each request with its picture, as they become ready: requests of one size run together, `batch` at a time.
+        """Each request with its picture, as they become ready: requests of one size run together, `batch` at a time on
+        each device.
 
         Requests may differ in everything; those of one shape (size, clip_skip, up to 64 rows of a sampler, then up to
         128, ...) share one compiled program, and each picture equals the one made alone. Requests are taken as they are
@@ -284,6 +187,7 @@ class Pipeline:
             FloatingPointError: a picture came out as NaN or infinity.
         """
         check_settings(batch=batch)
+        batch *= self.placement.shares
         waiting: dict[tuple[Any, ...], list[Prepared]] = {}
         sources: Sources = {}
 
@@ -340,7 +244,8 @@ class Pipeline:
         ]
         sources: Sources = {}
         ready = [self._prepared(request, sources) for request in requests]
-        batch = min(batch, total)
+        shares = self.placement.shares
+        batch = min(batch, -(-total // shares)) * shares
         results: list[Image.Image] = []
         for first in range(0, total, batch):
             part = ready[first : first + batch]
@@ -448,31 +353,32 @@ class Pipeline:
                 f"the tokenizer has tokens up to {ids.max()} and the model {config.clip.vocab_size}; "
                 "use the tokenizer that belongs to the model"
             )
-        context = encode_text(params["text"], ids, config=config, skip=whole[0].request.clip_skip)
-        rows, count = stacked([one.plan for one in whole])
-        rows = time_tables(params["unet"], rows, config=config)
+        of_model = programs(config, self.placement)
+        condition = of_model.condition(whole[0].request.clip_skip)
+        kv = condition(params["text"], params["unet"], ids.reshape(2, len(whole), -1))
+        rows, counts = stacked([one.plan for one in whole], alike=self.placement.model > 1)
+        rows = of_model.time_rows(params["unet"], rows)
         known, mask, concat = (
             jnp.concatenate([getattr(one.source, name) for one in whole]) for name in ("known", "mask", "concat")
         )
         keys = image_keys([one.request.seed for one in whole])
-        unit = initial_noise(keys, known.shape[1:])
-        if any(not isinstance(one.request.noise, str) or one.request.noise != "jax" for one in whole):
-            unit = jnp.stack([_noise(one.request, own) for one, own in zip(whole, np.asarray(unit), strict=True)])
-        sigma, from_noise = (
-            np.asarray(values) for values in zip(*((one.plan.sigma, one.from_noise) for one in whole), strict=True)
-        )
-        x = start(unit, sigma.astype(np.float32), known, mask, from_noise)
+        own = np.array([isinstance(one.request.noise, str) and one.request.noise == "jax" for one in whole])
+        given = np.zeros(known.shape, np.float32)
+        for i in np.flatnonzero(~own):
+            given[i] = _noise(whole[i].request, given.shape[1:])
+        sigma = np.array([one.plan.sigma for one in whole], np.float32)
+        x = of_model.begin(keys, given, own, sigma, known, mask, np.array([one.from_noise for one in whole]))
         held = jnp.ones_like(mask) if config.unet.in_channels == 9 else mask  # a model that sees the mask is free
-        inputs = Inputs(params["unet"], text_kv(params["unet"], context, config=config), known, held, concat)
+        inputs = Batch(kv, known, held, concat)
         if progress is None:
-            latents = generate_latents(inputs, rows, np.int32(count), x, keys, config=config)
+            latents = of_model.paint(params["unet"], inputs, rows, counts, x, keys)
         else:
-            latents = x
-            steps = stream(MakeDenoiser(config), inputs, rows, x, keys, count)
-            for done, (after, x0_hat) in enumerate(steps, 1):
-                progress(done, count, x0_hat)
-                latents = after
-        return decode_latents(params["vae"], latents, config=config), all_finite(latents)
+            carry, count = bound_like(first_carry(x), inputs), int(counts.max())
+            for row, index in each_row(rows, count):
+                carry = of_model.paint_row(params["unet"], inputs, keys, carry, row, index)
+                progress(int(index) + 1, count, carry.x0_hat)
+            latents = carry.x
+        return of_model.develop(params["vae"], latents)
 
     def _finished(
         self,
@@ -495,12 +401,12 @@ class Pipeline:
             on_error(ready.request, error)
 
 
-def _noise(request: Request, own: np.ndarray) -> Any:
-    """Unit normal noise f32[h, w, c] as the request wants it; own: that of its seed's JAX key."""
+def _noise(request: Request, shape: tuple[int, ...]) -> Any:
+    """Unit normal noise f32[h, w, c] that does not come from JAX: the request's own, or PyTorch's."""
     if not isinstance(request.noise, str):
         return request.noise
-    height, width, channels = own.shape
-    return own if request.noise == "jax" else torch_noise(request.seed, (channels, height, width)).transpose(1, 2, 0)
+    height, width, channels = shape
+    return torch_noise(request.seed, (channels, height, width)).transpose(1, 2, 0)
 
 
 def _name(file: images.ImageLike | None) -> Any:

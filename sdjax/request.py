@@ -126,15 +126,20 @@ def row_bound(count: int) -> int:
     return max(ROW_BOUND, 1 << max(0, count - 1).bit_length())
 
 
-def stacked(plans: Sequence[Plan]) -> tuple[Rows, int]:
-    """The plans of a batch as rows f32[s, b, ...], and how many of them run: as many as the longest plan has."""
+def stacked(plans: Sequence[Plan], *, alike: bool = False) -> tuple[Rows, np.ndarray]:
+    """The plans of a batch as rows f32[s, b, ...], and how many of them run for each picture, i32[b].
+
+    alike: all pictures count as guided where one of them is, and run as many rows as the longest plan has. No picture
+    changes by it; devices that have parts of one product must take the same branches.
+    """
     rows: Rows = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *(plan.rows for plan in plans))
-    levels = rows.levels
-    assert levels.guidance is not None
-    steering = levels.guidance._replace(used=levels.guidance.used.any(axis=1))
-    rows = rows._replace(levels=levels._replace(guidance=steering))
     rows = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(np.float32), rows)
-    return rows, max(plan.calls for plan in plans)
+    counts = np.array([plan.calls for plan in plans], np.int32)
+    if alike:
+        assert rows.levels.guidance is not None
+        used = rows.levels.guidance.used
+        counts[:], used[:] = counts.max(), used.any(axis=1, keepdims=True)
+    return rows, counts
 
 
 def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float, float]:

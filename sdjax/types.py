@@ -21,8 +21,8 @@ class Guidance(NamedTuple):
     """How a prompt steers at one noise level.
 
     scale: f32[] or f32[b], of classifier-free guidance; 1 leaves the negative prompt out. rescale: f32[] or f32[b] in
-    [0, 1], against overexposure. used: bool[], whether any picture's scale is not 1, so that the negative prompt must
-    be evaluated; the same on every device.
+    [0, 1], against overexposure. used: bool[] or bool[b], whether the scale is not 1: where it is for no picture, the
+    negative prompt is not evaluated.
     """
 
     scale: Any

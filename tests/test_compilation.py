@@ -30,8 +30,8 @@ def test_the_second_process_compiles_nothing(model, tmp_path):
     settings = ["--model", model, "--size", "16x16"]
     warm = command(tmp_path, "warmup", *settings)
     lines = warm.stdout.splitlines()
-    assert any(line.endswith(" s  generate_latents") for line in lines)
-    assert any(line.endswith(" s  _step") for line in lines)
+    assert any(line.endswith(" s  paint") for line in lines)
+    assert any(line.endswith(" s  paint_row") for line in lines)
     assert lines[-1].endswith(f"programs; kept in {tmp_path / 'programs'}")
     kept = {path.name for path in (tmp_path / "programs").glob("*-cache")}
     assert kept

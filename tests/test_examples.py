@@ -10,12 +10,13 @@ from PIL import Image
 
 from sdjax import checkpoint
 from sdjax.models.params import random_params
-from tests.small import SMALL
+from sdjax.train.loop import save_model
+from tests.small import SMALL, mini
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PHOTO = Path(__file__).parent / "data" / "astronaut.png"
 SIZES = {"text_to_image": (4 * 32, 32), "pure_functions": (32, 32), "edit_photo": (5 * 40, 32)}
-ELSEWHERE = {"make_emoji", "train_box", "box_sheets"}  # test_make_emoji.py, test_train_box.py, test_box_quality.py
+ELSEWHERE = {"devices"} | {"make_emoji", "train_box", "box_sheets"}  # below, test_make_emoji.py, test_train_box.py
 
 
 def test_every_example_is_tested():
@@ -34,6 +35,17 @@ def test_example_runs(name, tmp_path):
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == SIZES[name]
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_devices_example_runs_on_every_device(parallel, tmp_path):
+    save_model(mini(), tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--steps", "2", "--parallel", parallel]
+    command = [sys.executable, str(EXAMPLES / "devices.py"), *arguments]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.startswith("4 x ")  # simulated by conftest.py
+    with Image.open(tmp_path / "pictures.png") as image:
+        assert image.size == (4 * 12 + 4, 2 * 12 + 4)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.stem)

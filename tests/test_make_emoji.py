@@ -16,7 +16,7 @@ from sdjax.models.vae import VAE
 from sdjax.pipeline import Pipeline
 from sdjax.tokenizer import from_merges
 from sdjax.train.data import open_dataset
-from tests.test_train_loop import MINI
+from tests.small import MINI
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 make_emoji = importlib.import_module("make_emoji")

@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sdjax import functions
 from sdjax import image as images
-from sdjax import pipeline as pipelines
+from sdjax.diffusion.sample import image_keys, initial_noise
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, q_sample
 from sdjax.models.params import random_params
@@ -128,10 +129,10 @@ def test_guidance_1_is_the_conditional_model(pipe):
     schedule = noise_schedule(SMALL.schedule)
     sigma = schedule.levels(4, "leading")
     ids = clip_tokenizer()(["an astronaut"])
-    context = pipelines.encode_text(pipe.params["text"], ids, config=SMALL)
+    context = functions.encode_text(pipe.params["text"], ids, config=SMALL)
     unet = jax.jit(lambda x, t: UNet(SMALL.unet).apply({"params": pipe.params["unet"]}, x, t, context))
-    keys = pipelines.image_keys([2])
-    x = pipelines.initial_noise(keys, (5, 7, 4)) * np.float32(np.sqrt(sigma[0] ** 2 + 1))
+    keys = image_keys([2])
+    x = initial_noise(keys, (5, 7, 4)) * np.float32(np.sqrt(sigma[0] ** 2 + 1))
     for now, after in pairwise(sigma):
         t = jnp.full((1,), schedule.timesteps(now), jnp.float32)
         x = x + np.float32(after - now) * unet(x * np.float32(1 / np.sqrt(now**2 + 1)), t)
@@ -173,7 +174,7 @@ def test_eta_turns_ddim_into_ddpm(pipe):
 
 
 def test_noise_that_is_given_replaces_the_seeds(pipe, astronaut):
-    own = np.asarray(pipelines.initial_noise(pipelines.image_keys([3]), (5, 7, 4)))
+    own = np.asarray(initial_noise(image_keys([3]), (5, 7, 4)))
     (picture,) = pipe.text_to_image("an astronaut", seed=99, noise=own, **FAST)
     assert distance(picture, astronaut) == 0
 
@@ -213,7 +214,7 @@ def test_strength_1_is_text_to_image_from_the_same_noise(pipe, photo, astronaut)
 
 
 def test_the_way_from_the_photograph_grows_with_strength(pipe, photo):
-    known = pipelines.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
+    known = functions.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
     settings = dict(seed=3, guidance=2, sampler="ddim", steps=8, **SIZE)
     ways = [
         np.linalg.norm(latents_of(pipe.image_to_image, "a cat", photo, strength=strength, **settings) - known)
@@ -249,7 +250,7 @@ def test_inpainting_leaves_every_unmasked_pixel_as_it_was(request, photo, model,
 def test_the_known_region_is_held_in_the_latent_and_the_rest_is_made_anew(pipe, photo):
     mask = masks(*photo.size)["hard"]
     found = latents_of(pipe.inpaint, "a cat", photo, mask, **FAST)
-    known = pipelines.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
+    known = functions.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
     small = np.asarray(mask)[::8, ::8] / 255
     np.testing.assert_allclose(found[0][small == 0], known[0][small == 0], atol=1e-5)
     assert np.abs(found[0] - known[0])[small == 1].max() > 0.1
@@ -261,7 +262,7 @@ def test_the_known_region_starts_at_the_noised_picture_and_the_rest_at_noise():
     mask = rng.integers(0, 2, (1, 5, 7, 1)).astype(np.float32)
     schedule = noise_schedule(SMALL.schedule)
     sigma = np.float32(schedule.sigmas[999:])
-    x = pipelines.start(noise, sigma, known, mask, np.array([True]))
+    x = functions.start(noise, sigma, known, mask, np.array([True]))
     x = x * np.sqrt(schedule.alpha_bars[999])  # variance preserving, as the network sees it
     expected = np.where(mask == 0, q_sample(schedule, known, np.array([999]), noise), noise)
     np.testing.assert_allclose(x, expected, atol=1e-5)
@@ -285,14 +286,14 @@ def test_an_inpainting_model_sees_the_mask_and_the_picture_outside_it_alone(inpa
     def changed(picture, where):
         return Image.fromarray(np.where(where[..., None], 255 - np.asarray(picture), picture).astype(np.uint8))
 
-    concat = pipelines.inpainting_channels(
+    concat = functions.inpainting_channels(
         inpaint_pipe.params["vae"],
         jnp.asarray(images.to_array(photo))[None],
         jnp.asarray(mask, jnp.float32)[None, ..., None] / 255,
         config=SMALL_INPAINT,
     )
     inside = np.asarray(mask) == 255
-    hidden = pipelines.inpainting_channels(
+    hidden = functions.inpainting_channels(
         inpaint_pipe.params["vae"],
         jnp.asarray(images.to_array(changed(photo, inside)))[None],
         jnp.asarray(mask, jnp.float32)[None, ..., None] / 255,
@@ -378,13 +379,13 @@ def test_another_prompt_guidance_seed_or_model_compiles_nothing(pipe, photo, ast
 
 def test_parameters_are_arguments_and_never_constants(pipe):
     rows, calls = stacked([plan(Request("a cat", steps=4), SMALL)])
-    rows = pipelines.time_tables(pipe.params["unet"], rows, config=SMALL)
+    rows = functions.time_tables(pipe.params["unet"], rows, config=SMALL)
     context = jnp.zeros((2, SMALL.clip.length, SMALL.unet.context_width))
-    kv = pipelines.text_kv(pipe.params["unet"], context, config=SMALL)
+    kv = functions.text_kv(pipe.params["unet"], context, config=SMALL)
     known, mask, concat = (jnp.zeros((1, 5, 7, channels)) for channels in (4, 1, 0))
-    inputs = pipelines.Inputs(pipe.params["unet"], kv, known, mask, concat)
-    arguments = (inputs, rows, np.int32(calls), known, pipelines.image_keys([0]))
-    traced = pipelines.generate_latents.trace(*arguments, config=SMALL)
+    inputs = functions.Inputs(pipe.params["unet"], kv, known, mask, concat)
+    arguments = (inputs, rows, calls, known, image_keys([0]))
+    traced = functions.generate_latents.trace(*arguments, config=SMALL)
     assert max((np.size(constant) for constant in constants(traced.jaxpr)), default=0) < 100
 
 

@@ -13,7 +13,8 @@ import sdjax
 from sdjax.checkpoint import read_tensors
 from sdjax.models.clip import ImageEncoder
 from sdjax.train.settings import Settings
-from tests.test_train_loop import MINI, VISION, write_pictures
+from tests.small import MINI
+from tests.test_train_loop import VISION, write_pictures
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = Settings(steps=4, batch=4, warmup=1, decay=2, save_every=2, sample_every=4)

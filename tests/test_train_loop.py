@@ -20,32 +20,22 @@ from PIL import Image, ImageDraw
 import sdjax
 from convert.__main__ import main as convert_main
 from sdjax import checkpoint
-from sdjax.config import CLIPConfig, CLIPVisionConfig, ModelConfig, SamplingConfig, UNetConfig, VAEConfig
+from sdjax.config import CLIPVisionConfig
 from sdjax.models.params import random_params
 from sdjax.pipeline import Pipeline
-from sdjax.tokenizer import from_merges, learn_merges
+from sdjax.tokenizer import from_merges
 from sdjax.train import loop, tasks
 from sdjax.train.data import open_dataset
 from sdjax.train.loop import claim, train
 from sdjax.train.settings import Settings
 from sdjax.train.tasks import Task, clip_task, unet_task, vae_task
-
-MINI = ModelConfig(
-    name="mini",
-    clip=CLIPConfig(vocab_size=530, length=16, width=16, layers=1, heads=2, mlp_width=32, pad_token=529),
-    vae=VAEConfig(channels=(8,), res_blocks=1, groups=4),
-    unet=UNetConfig(channels=(16,), attention=(True,), heads=(2,), res_blocks=1, context_width=16, groups=4),
-    image_size=8,
-    sampling=SamplingConfig(steps=2),
-)
-"""Trains in a few seconds, most of which it compiles."""
+from tests.small import COLOURS, MINI, mini
 
 VISION = CLIPVisionConfig(image_size=16, patch=8, width=16, layers=1, heads=2, mlp_width=32, projection=16)
 SETTINGS = Settings(
     steps=24, batch=8, learning_rate=1e-2, warmup=2, decay=8, ema=0.9, save_every=12, sample_every=24, sigma=0.5
 )
 KINDS = ("vae", "clip", "unet")
-COLOURS = ("red", "green", "blue", "orange")
 
 
 @contextmanager
@@ -79,22 +69,14 @@ def write_pictures(folder):
     return folder
 
 
-@cache
-def start():
-    """An untrained model with a tokenizer of its own."""
-    texts = [f"{colour} {shape}" for colour in COLOURS for shape in ("disc", "square")]
-    tokenizer = from_merges(learn_merges(texts, MINI.clip.vocab_size))
-    return Pipeline(MINI, random_params(MINI), tokenizer, "mini")
-
-
 def run(kind, folder, out, progress=None):
     """One training of the eight pictures in `folder`."""
     data = open_dataset(folder)
     claim(out, SETTINGS)
     if kind == "clip":
-        task = clip_task(start(), VISION, data, SETTINGS, out / "cache")
+        task = clip_task(mini(), VISION, data, SETTINGS, out / "cache")
     else:
-        task = {"vae": vae_task, "unet": unet_task}[kind](start(), data, SETTINGS, out / "cache")
+        task = {"vae": vae_task, "unet": unet_task}[kind](mini(), data, SETTINGS, out / "cache")
     return train(task, SETTINGS, out, progress=progress)
 
 
@@ -213,8 +195,8 @@ def test_a_part_alone_is_trained_and_the_rest_stays(kind, whole):
     part = {"vae": "vae", "clip": "text", "unet": "unet"}[kind]
     for name in model.params:
         if name != part:
-            assert_equal(model.params[name], start().params[name])
-    before = start().params[part]
+            assert_equal(model.params[name], mini().params[name])
+    before = mini().params[part]
     for name in before:
         pairs = zip(*(jax.tree.leaves(tree[name]) for tree in (before, model.params[part])), strict=True)
         assert any(not np.array_equal(old, new) for old, new in pairs), name
@@ -243,7 +225,7 @@ def test_finished_model_converts_to_a_safetensors_file_and_back(whole, tmp_path)
 def test_image_encoder_lies_beside_the_text_encoder(pictures, whole):
     out, model = whole("clip")
     beside = checkpoint.read_tensors(out / "beside.safetensors")
-    task = clip_task(start(), VISION, open_dataset(pictures), SETTINGS, out / "cache")
+    task = clip_task(mini(), VISION, open_dataset(pictures), SETTINGS, out / "cache")
     assert set(beside) == {"image"}
     assert jax.tree.map(np.shape, beside["image"]) == jax.tree.map(np.shape, task.params["image"])
     kernel = beside["image"]["patch_embedding"]["kernel"]
@@ -367,7 +349,7 @@ def test_batch_that_does_not_divide_over_the_devices_is_refused_and_the_folder_s
 
 def test_inpainting_model_is_refused(pictures, tmp_path):
     config = dataclasses.replace(MINI, unet=dataclasses.replace(MINI.unet, in_channels=9))
-    model = dataclasses.replace(start(), config=config, name="painter")
+    model = dataclasses.replace(mini(), config=config, name="painter")
     with pytest.raises(ValueError, match="painter has 9 input channels"):
         unet_task(model, open_dataset(pictures), SETTINGS, tmp_path)
 
@@ -375,7 +357,7 @@ def test_inpainting_model_is_refused(pictures, tmp_path):
 def test_projections_of_both_encoders_must_agree(pictures, tmp_path):
     config = dataclasses.replace(MINI, clip=dataclasses.replace(MINI.clip, projection=8))
     with pytest.raises(ValueError, match="projects to 8 and the image encoder to 16"):
-        clip_task(dataclasses.replace(start(), config=config), VISION, open_dataset(pictures), SETTINGS, tmp_path)
+        clip_task(dataclasses.replace(mini(), config=config), VISION, open_dataset(pictures), SETTINGS, tmp_path)
 
 
 def test_latents_and_text_states_are_computed_once_and_again_when_their_encoder_changes(
@@ -392,7 +374,7 @@ def test_latents_and_text_states_are_computed_once_and_again_when_their_encoder_
         return real(path, key, noted, count)
 
     monkeypatch.setattr(tasks, "cached", counted)
-    data, model = open_dataset(pictures), start()
+    data, model = open_dataset(pictures), mini()
 
     def batch(part=None):
         """The first batch, after every parameter of one part has changed."""
@@ -417,7 +399,7 @@ def test_latents_and_text_states_are_computed_once_and_again_when_their_encoder_
 def test_mirrored_pictures_are_the_pictures_mirrored(pictures, tmp_path):
     data = open_dataset(pictures)
     plain, mirrored = (
-        vae_task(start(), data, dataclasses.replace(SETTINGS, flip=flip), tmp_path).batch(3)["pictures"]
+        vae_task(mini(), data, dataclasses.replace(SETTINGS, flip=flip), tmp_path).batch(3)["pictures"]
         for flip in (False, True)
     )
     same = (plain == mirrored).all((1, 2, 3))

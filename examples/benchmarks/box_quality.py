@@ -42,9 +42,10 @@ import sdjax
 from sdjax.checkpoint import read_tensors
 from sdjax.config import BOX_VISION
 from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.functions import decode_latents, encode_images
 from sdjax.image import from_uint8
 from sdjax.models.clip import ImageEncoder, TextEncoder
-from sdjax.pipeline import Pipeline, decode_latents, encode_images
+from sdjax.pipeline import Pipeline
 from sdjax.train.plots import curves, sheet
 
 BATCH = 32

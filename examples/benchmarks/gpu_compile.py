@@ -32,15 +32,14 @@ from typing import Any
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as fused_attention
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from sdjax.config import SD15
 from sdjax.diffusion.sample import image_keys
+from sdjax.functions import Inputs, generate_latents, text_kv, time_tables
 from sdjax.models.layers import use_attention
 from sdjax.models.params import abstract_params
-from sdjax.pipeline import Inputs, generate_latents, text_kv, time_tables
 from sdjax.request import Request, plan, stacked
 
 TARGET = Path(__file__).with_name("h200_target.txtpb")
@@ -76,7 +75,7 @@ def compile_loop(batch: int) -> Any:
     inputs = Inputs(unet, kv, x, mask, concat)
     keys = jax.eval_shape(lambda: image_keys(range(batch)))
     with use_attention("cudnn"):
-        lowered = generate_latents.lower(*on_target((inputs, rows, np.int32(calls), x, keys)), config=SD15)
+        lowered = generate_latents.lower(*on_target((inputs, rows, calls, x, keys)), config=SD15)
     return lowered.compile()
 
 

@@ -38,8 +38,8 @@ from convert.diffusers import diffusers_json
 from convert.names import entries
 from sdjax.config import SD15
 from sdjax.diffusion.sample import image_keys
+from sdjax.functions import Inputs, MakeDenoiser, generate_latents, text_kv, time_tables
 from sdjax.models.params import random_params
-from sdjax.pipeline import Inputs, MakeDenoiser, generate_latents, text_kv, time_tables
 from sdjax.request import Request, plan, stacked
 from sdjax.types import Level, Params
 
@@ -75,7 +75,7 @@ class Ours:
     def __init__(self, params: Params, x: np.ndarray, context: np.ndarray, steps: int) -> None:
         request = Request("", steps=steps, guidance=GUIDANCE, sampler="ddim", spacing="leading")
         rows, calls = stacked([plan(request, SD15)] * len(x))
-        self.calls, self.rows = np.int32(calls), time_tables(params, rows, config=SD15)
+        self.calls, self.rows = calls, time_tables(params, rows, config=SD15)
         self.level: Level = jax.tree.map(lambda leaf: leaf[0], self.rows.levels)
         self.keys, self.x = image_keys(range(len(x))), jnp.asarray(x)
         kv = text_kv(params, context, config=SD15)

@@ -56,7 +56,8 @@ def guided(pair: Predictor, positive: Predictor) -> Predictor:
     def predict(x: Latent, level: Level) -> Latent:
         if level.guidance is None:
             return positive(x, level)
-        return lax.cond(level.guidance.used, steered, lambda x, level: positive(x, level).astype(x.dtype), x, level)
+        used = jnp.any(level.guidance.used)
+        return lax.cond(used, steered, lambda x, level: positive(x, level).astype(x.dtype), x, level)
 
     return predict
 

@@ -57,7 +57,8 @@ def with_time_table(rows: Any, time_table: Callable[[Array], Any]) -> Any:
     return rows._replace(levels=rows.levels._replace(time=time_table(rows.levels.t)))
 
 
-def _step(make_denoiser: MakeDenoiser, inputs: Any, keys: Array, carry: Carry, row: Rows, index: Array) -> Carry:
+def sample_row(make_denoiser: MakeDenoiser, inputs: Any, keys: Array, carry: Carry, row: Rows, index: Array) -> Carry:
+    """One row of `sample`; index: i32[], which one it is."""
     noise = draw(keys, 1 + index, carry.x.shape[1:]).astype(carry.x.dtype)
     return step(make_denoiser(inputs), carry, row, noise)
 
@@ -68,25 +69,25 @@ def sample(
     """Runs a sampler over its rows and returns the last x.
 
     rows: what `Sampler.rows` gave, leading axis s (s = 0 returns x), or [s, b] for a plan of its own for each picture.
-    x: f32[b, h, w, c] at the first row's level, in sigma space. keys: key[b]. count: i32[], rows to run; the others are
-    skipped without a call of the network, so that one program serves every number of steps up to s. None: all of
-    them. Pure and traceable: call it inside your own jit.
+    x: f32[b, h, w, c] at the first row's level, in sigma space. keys: key[b]. count: i32[] or i32[b], rows to run;
+    those that no picture needs are skipped without a call of the network, so that one program serves every number of
+    steps up to s. None: all of them. Pure and traceable: call it inside your own jit.
     """
 
     def body(carry: Carry, row_and_index: Any) -> tuple[Carry, None]:
         def run(carry: Carry) -> Carry:
-            return _step(make_denoiser, inputs, keys, carry, *row_and_index)
+            return sample_row(make_denoiser, inputs, keys, carry, *row_and_index)
 
         if count is None:
             return run(carry), None
-        return jax.lax.cond(row_and_index[1] < count, run, lambda carry: carry, carry), None
+        return jax.lax.cond(row_and_index[1] < jnp.max(count), run, lambda carry: carry, carry), None
 
     rows = jax.tree.map(jnp.asarray, rows)
     carry, _ = jax.lax.scan(body, first_carry(x), (rows, jnp.arange(rows.scale.shape[0])))
     return carry.x
 
 
-_jitted_step = jax.jit(_step, static_argnums=0)
+_jitted_row = jax.jit(sample_row, static_argnums=0)
 
 
 def stream(
@@ -96,15 +97,20 @@ def stream(
 
     The step is compiled once for all rows; stop iterating to stop sampling.
     """
-    rows = jax.tree.map(jnp.asarray, rows)
-    carry = _placed(first_carry(x), inputs)
-    for index in range(rows.scale.shape[0] if count is None else count):
-        row = jax.tree.map(partial(_at, index), rows)
-        carry = _jitted_step(make_denoiser, inputs, keys, carry, row, jnp.int32(index))
+    carry = bound_like(first_carry(x), inputs)
+    for row, index in each_row(rows, count):
+        carry = _jitted_row(make_denoiser, inputs, keys, carry, row, index)
         yield carry.x, carry.x0_hat
 
 
-def _placed(carry: Any, inputs: Any) -> Any:
+def each_row(rows: Rows, count: int | None = None) -> Iterator[tuple[Rows, Array]]:
+    """The first `count` rows, or all, each with its index i32[]."""
+    rows = jax.tree.map(jnp.asarray, rows)
+    for index in range(rows.scale.shape[0] if count is None else count):
+        yield jax.tree.map(partial(_at, index), rows), jnp.int32(index)
+
+
+def bound_like(carry: Any, inputs: Any) -> Any:
     """The first carry bound to the devices that the inputs are bound to, as every later one comes out of the step.
 
     For jit an array that is bound to its device is another kind of argument than one that is not: without this the

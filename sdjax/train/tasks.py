@@ -22,12 +22,13 @@ from PIL import Image
 
 from sdjax.config import CLIPVisionConfig, ModelConfig
 from sdjax.diffusion.schedule import noise_schedule
+from sdjax.functions import encode_text
 from sdjax.image import from_uint8, to_images, to_uint8
 from sdjax.models.clip import ImageEncoder, TextEncoder
 from sdjax.models.params import initial_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE, Posterior
-from sdjax.pipeline import Pipeline, encode_text
+from sdjax.pipeline import Pipeline
 from sdjax.tokenizer import Tokenizer
 from sdjax.train.data import Dataset, cached, caption, fingerprint, order
 from sdjax.train.losses import Metrics, contrastive_loss, diffusion_loss, drop_prompts, unit, vae_loss

@@ -1,0 +1,203 @@
+"""What batches, one program for all settings, and devices are worth: each measure has both of its sides in one run.
+
+    python examples/benchmarks/batch_generation.py [--model M] [--dtype float32] [--steps 20] [--rounds 3]
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/benchmarks/batch_generation.py --only devices
+
+Every line is the median over rounds that take turns. Measures (--only takes one of these names):
+    recompiles   compilations while 50 random settings are drawn, after the first picture
+    loop         `generate_latents`, bounded at 64 rows, beside a scan of exactly as many rows as the picture needs
+    exact        `pipe.on(exact=True)` beside the default
+    devices      all devices beside one of them, as many pictures on each; simulated ones share the cores of one CPU
+    job          `sdjax batch` beside a loop over single pictures in the same process, files included
+    start        the first picture of a fresh process, with nothing kept and with programs kept, and one more picture
+
+FIGURES
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import sdjax
+from sdjax import batch as jobs
+from sdjax.compilation import COMPILED
+from sdjax.diffusion.sample import image_keys, initial_noise, sample
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.schedule import SPACINGS
+from sdjax.functions import Inputs, MakeDenoiser, encode_text, generate_latents, text_kv, time_tables
+from sdjax.pipeline import Pipeline
+from sdjax.recipe import Recipe, save_picture
+from sdjax.request import BATCH, Request, plan, stacked
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def in_turns(rounds: int, *calls: Callable[[], Any]) -> list[float]:
+    """The median seconds of each, every round running all of them, after one that does not count."""
+    times = [[seconds(call) for call in calls] for _ in range(rounds + 1)]
+    return [statistics.median(column) for column in zip(*times[1:], strict=True)]
+
+
+def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    first = seconds(lambda: pipe.text_to_image("a first picture", steps=2, count=2))
+    before, draw = len(compiled), random.Random(0)
+    start = time.perf_counter()
+    for _ in range(50):
+        pipe.text_to_image(
+            f"picture {draw.random()}",
+            draw.choice(["", "grey"]),
+            count=2,
+            seed=draw.randrange(2**32 - 2),
+            steps=draw.randint(1, 12),
+            sampler=draw.choice(list(SAMPLERS)),
+            spacing=draw.choice(SPACINGS),
+            guidance=draw.choice([1.0, draw.uniform(0, 12)]),
+        )
+    took = time.perf_counter() - start
+    after = len(compiled) - before
+    print(f"recompiles: {before} programs in the first {first:.1f} s; then {after} in 50 settings ({took:.1f} s)")
+
+
+def loop(pipe: Pipeline, options: argparse.Namespace) -> None:
+    config, unet = pipe.config, pipe.params["unet"]
+    ids = pipe.tokenizer(["", "red heart"], config.clip.length, config.clip.pad_token)
+    kv = text_kv(unet, encode_text(pipe.params["text"], ids, config=config), config=config)
+    request = Request("red heart", steps=options.steps, sampler="dpmpp_2m")
+    worked_out = plan(request, config)
+    rows, counts = stacked([worked_out])
+    rows = time_tables(unet, rows, config=config)
+    side, keys = config.image_size // config.vae.downscale, image_keys([0])
+    shape = (1, side, side, config.vae.latent_channels)
+    x = initial_noise(keys, shape[1:]) * np.float32(np.sqrt(worked_out.sigma**2 + 1))
+    zeros, ones = np.zeros(shape, np.float32), np.ones((*shape[:3], 1), np.float32)
+    inputs = Inputs(unet, kv, zeros, ones, zeros[..., : config.unet.in_channels - config.unet.out_channels])
+    static = jax.jit(lambda inputs, rows, x, keys: sample(MakeDenoiser(config), inputs, rows, x, keys))
+    needed = jax.tree.map(lambda leaf: leaf[: worked_out.calls], rows)
+    bounded_seconds, static_seconds = in_turns(
+        options.rounds,
+        lambda: generate_latents(inputs, rows, counts, x, keys, config=config),
+        lambda: static(inputs, needed, x, keys),
+    )
+    print(
+        f"loop: {bounded_seconds:.3f} s for {worked_out.calls} of {len(rows.scale)} rows, {static_seconds:.3f} s for a "
+        f"scan of {worked_out.calls}: ratio {bounded_seconds / static_seconds:.3f}"
+    )
+
+
+def exact(pipe: Pipeline, options: argparse.Namespace) -> None:
+    settings = dict(count=BATCH, steps=options.steps)
+    one_by_one = pipe.on(jax.local_devices()[:1], exact=True)
+    exact_seconds, free = in_turns(
+        options.rounds,
+        lambda: one_by_one.text_to_image("red heart", **settings) and None,
+        lambda: pipe.text_to_image("red heart", **settings) and None,
+    )
+    print(f"exact: {exact_seconds:.2f} s for {BATCH} pictures, {free:.2f} s freely: ratio {exact_seconds / free:.2f}")
+
+
+def devices(pipe: Pipeline, options: argparse.Namespace) -> None:
+    there = jax.local_devices()
+    everywhere = pipe.on(there)
+    one, every = in_turns(
+        options.rounds,
+        lambda: pipe.text_to_image("red heart", count=BATCH, steps=options.steps) and None,
+        lambda: everywhere.text_to_image("red heart", count=BATCH * len(there), steps=options.steps) and None,
+    )
+    print(
+        f"devices: {BATCH / one:.2f} pictures a second on one, {BATCH * len(there) / every:.2f} on {len(there)}: "
+        f"{one * len(there) / every:.2f} times as many"
+    )
+
+
+def job(pipe: Pipeline, options: argparse.Namespace) -> None:
+    count = 8 * BATCH
+
+    def plain() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for seed in range(count):
+                picture = pipe.text_to_image("red heart", seed=seed, steps=options.steps)[0]
+                settings = dict(steps=options.steps, guidance=4.0, sampler="dpmpp_2m", spacing="karras")
+                size = dict(width=picture.width, height=picture.height)
+                recipe = Recipe(task="txt2img", model="", prompt="red heart", seed=seed, dtype="", **size, **settings)
+                save_picture(Path(folder) / f"{seed}.png", picture, recipe)
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            lines = io.StringIO(json.dumps({"prompt": "red heart", "count": count, "steps": options.steps}))
+            with jobs.at_work(out):
+                jobs.prepare(lines, ".jsonl", out, {}, {}, skip_bad=False)
+                jobs.run(pipe, out, model="", dtype="float32")
+
+    in_job, alone = in_turns(options.rounds, whole, plain)
+    print(
+        f"job: {count / in_job:.2f} pictures a second by sdjax batch, {count / alone:.2f} one after another: "
+        f"{alone / in_job:.2f} times as many"
+    )
+
+
+def start(pipe: Pipeline, options: argparse.Namespace) -> None:
+    settings = ["--steps", str(options.steps), "--dtype", options.dtype]
+    settings += ["--model", options.model] if options.model else []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sdjax.cli", "txt2img", "red heart", *settings, "-o", f"{folder}/heart.png"]
+        environment = {**os.environ, "SDJAX_CACHE": folder}
+
+        def picture() -> None:
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+
+        cold, kept = seconds(picture), min(seconds(picture) for _ in range(2))
+    (steady,) = in_turns(options.rounds, lambda: pipe.text_to_image("red heart", steps=options.steps) and None)
+    print(
+        f"start: first picture after {cold:.1f} s, with programs kept {kept:.1f} s, one more takes {steady:.2f} s: "
+        f"{cold / steady:.0f} and {kept / steady:.0f} times that"
+    )
+
+
+MEASURES = {measure.__name__: measure for measure in (recompiles, loop, exact, devices, job, start)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="anything that sdjax.load takes (the model in the box)")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=list(MEASURES))
+    options = parser.parse_args()
+    pipe = sdjax.load(options.model, dtype=options.dtype)
+    device = jax.local_devices()[0]
+    print(f"{pipe.name} on {device.device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
+    for name, measure in MEASURES.items():
+        if options.only in (None, name):
+            measure(pipe, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Over devices: a picture is the same on any number of them, and they have nothing to tell each other."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from sdjax.diffusion.sample import image_keys
+from sdjax.functions import Batch, programs
+from sdjax.request import Request, plan, stacked
+from sdjax.sharding import HERE, Placement
+from tests.small import MINI, mini
+
+DEVICES = jax.local_devices()
+SIZE = dict(width=8, height=8)
+REQUESTS = [
+    Request("red disc", seed=3, steps=3, **SIZE),
+    Request("blue disc", "grey", seed=4, steps=2, sampler="euler_a", **SIZE),
+    Request("blue square", seed=5, guidance=1, steps=4, **SIZE),
+    Request("green disc", seed=6, steps=3, sampler="dpmpp_sde", noise="torch", **SIZE),
+    Request("orange", seed=7, steps=1, **SIZE),
+]
+COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return mini()
+
+
+def drawn(pipe, batch):
+    """Pictures by seed, i32[h, w, 3]."""
+    made = {request.seed: np.asarray(image).astype(int) for request, image in pipe.batch(REQUESTS, batch=batch)}
+    return [made[request.seed] for request in REQUESTS]
+
+
+@pytest.fixture(scope="module")
+def alone(pipe):
+    return drawn(pipe, len(REQUESTS))
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [dict(), dict(devices=DEVICES[:2], parallel="pmap"), dict(model=2)],
+    ids=["four devices", "pmap over two", "parameters over two, pictures over two"],
+)
+def test_pictures_are_those_of_one_device(pipe, alone, placement):
+    """Five requests of other lengths, samplers and guidance in batches that do not come out even."""
+    for own, other in zip(alone, drawn(pipe.on(**placement), batch=2), strict=True):
+        assert np.abs(own - other).max() <= 1
+
+
+@pytest.fixture
+def optimised():
+    """Compiled as users do: it is the optimisations that treat another batch in another way."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_exact_latents_have_the_same_bits_in_any_batch_on_any_device(pipe, optimised):
+    """float32 latents of a stochastic sampler: alone, and third of four on two devices."""
+
+    def latents(requests, placement):
+        of_model, params = programs(MINI, placement), placement.put(pipe.params)
+        arguments = batch_of(pipe, requests, placement, params)
+        return np.asarray(of_model.paint(*arguments))
+
+    four = [Request(str(i), seed=i, steps=2 + i, sampler="dpmpp_2m_sde", **SIZE) for i in range(4)]
+    for exact in (True, False):
+        together = latents(four, Placement(tuple(DEVICES[:2]), exact=exact))
+        single = latents(four[2:3], Placement(exact=exact))
+        np.testing.assert_allclose(together[2], single[0], rtol=0, atol=0 if exact else 1e-5 * np.abs(single).max())
+
+
+def batch_of(pipe, requests, placement, params):
+    """The arguments of `paint`."""
+    of_model = programs(MINI, placement)
+    texts = [request.negative_prompt for request in requests] + [request.prompt for request in requests]
+    ids = pipe.tokenizer(texts, MINI.clip.length, MINI.clip.pad_token).reshape(2, len(requests), -1)
+    kv = of_model.condition(None)(params["text"], params["unet"], ids)
+    plans = [plan(request, MINI) for request in requests]
+    rows, counts = stacked(plans)
+    rows = of_model.time_rows(params["unet"], rows)
+    keys, zeros = image_keys([request.seed for request in requests]), np.zeros((len(requests), 8, 8, 4), np.float32)
+    ones, yes = np.ones((*zeros.shape[:3], 1), np.float32), np.ones(len(requests), bool)
+    sigma = np.array([worked_out.sigma for worked_out in plans], np.float32)
+    x = of_model.begin(keys, zeros, yes, sigma, zeros, ones, yes)
+    return params["unet"], Batch(kv, zeros, ones, zeros[..., :0]), rows, counts, x, keys
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_programs_hold_no_collective(pipe, parallel):
+    placement = Placement(tuple(DEVICES[:2]), parallel)
+    of_model, params = programs(MINI, placement), placement.put(pipe.params)
+    arguments = batch_of(pipe, REQUESTS[:2], placement, params)
+    painted = of_model.paint.lower(*arguments).compile().as_text()
+    developed = of_model.develop.lower(params["vae"], arguments[4]).compile().as_text()
+    for text in (painted, developed):
+        assert "num_partitions=2" in text or "replica_count=2" in text
+        assert not re.search(COLLECTIVES, text)
+
+
+def test_parameters_are_split_where_they_can_be(pipe):
+    placement = Placement(tuple(DEVICES), model=2)
+    params = placement.put(pipe.params)
+    whole, part = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)),
+    )
+    assert 0.5 <= part / whole < 0.52
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(pipe.params))
+
+
+def test_progress_shows_the_same_rows_on_devices(pipe):
+    seen = {}
+    for name, place in (("one", pipe), ("two", pipe.on(DEVICES[:2]))):
+        seen[name] = []
+        settings = dict(steps=2, count=2, progress=lambda *row, name=name: seen[name].append(row), **SIZE)
+        seen[name, "picture"] = [np.asarray(p).astype(int) for p in place.text_to_image("red disc", **settings)]
+    assert [row[:2] for row in seen["one"]] == [row[:2] for row in seen["two"]] == [(1, 2), (2, 2)]
+    for one, two in zip(seen["one"], seen["two"], strict=True):
+        np.testing.assert_allclose(one[2], two[2], rtol=0, atol=1e-5 * np.abs(one[2]).max())
+    assert np.abs(np.subtract(seen["one", "picture"], seen["two", "picture"])).max() <= 1
+
+
+def test_nothing_is_compiled_anew_for_other_settings(pipe):
+    placed = pipe.on(DEVICES[:2])
+    first = placed.text_to_image("red disc", steps=2, count=2, **SIZE)
+    sizes = [function._cache_size() for function in compiled(placed.placement)]
+    other = placed.text_to_image(["blue disc", "blue square"], steps=5, sampler="heun", guidance=3, seed=9, **SIZE)
+    assert [function._cache_size() for function in compiled(placed.placement)] == sizes
+    assert len({image.tobytes() for image in (*first, *other)}) == 4
+
+
+def compiled(placement):
+    of_model = programs(MINI, placement)
+    return [of_model.condition(None).program, of_model.time_rows.program, of_model.paint.program]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(parallel="both"), "jit or pmap"),
+        (dict(devices=()), "at least one"),
+        (dict(devices=(DEVICES[0],) * 2), "named once"),
+        (dict(devices=tuple(DEVICES), model=3), "divides the 4 devices"),
+        (dict(devices=tuple(DEVICES), model=2, parallel="pmap"), "neither with pmap"),
+        (dict(devices=tuple(DEVICES), model=2, exact=True), "nor with exact"),
+    ],
+)
+def test_impossible_placements_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Placement(**wrong)
+
+
+def test_one_device_needs_no_mesh(pipe):
+    assert pipe.on(DEVICES[:1]).placement == HERE
