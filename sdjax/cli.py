@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
-from sdjax.request import NOISES
+from sdjax.request import NOISES, STRENGTH, parse_size
 from sdjax.train import command as train_command
 
 TASKS = ("txt2img", "img2img", "inpaint")
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
 FROM_MODEL = ("steps", "guidance", "sampler", "spacing")
 """Settings whose defaults come with the model."""
 
-STRENGTH = {"img2img": 0.75, "inpaint": 1.0}
+STRENGTHS = {"img2img": STRENGTH, "inpaint": 1.0}
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -134,7 +134,7 @@ def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
     add("--dtype", metavar="D", help="float32, bfloat16 or float16 (float32)")
     add("--noise", choices=NOISES, help="where seeds' noise comes from; torch: as diffusers on a CPU (jax)")
     if task != "txt2img":
-        add("--strength", type=float, metavar="X", help=f"how much to change, 0 to 1 ({STRENGTH[task]})")
+        add("--strength", type=float, metavar="X", help=f"how much to change, 0 to 1 ({STRENGTHS[task]})")
     _add_devices(command)
     add("--recipe", metavar="PICTURE", help="take everything not given here from this picture's recipe")
 
@@ -189,7 +189,7 @@ def warmup(options: argparse.Namespace) -> int:
     from sdjax.compilation import warm_up
     from sdjax.load import programs_folder
 
-    size = _size(options.size)
+    size = None if options.size is None else parse_size(options.size)
     with _progress(options.model) as (on_convert, _):
         pipe = _on_devices(_load(options.model, options.dtype, on_convert), options)
     width, height = size or (pipe.config.image_size, pipe.config.image_size)
@@ -260,7 +260,8 @@ def generate(options: argparse.Namespace) -> int:
     from sdjax.request import BATCH, check_settings
 
     settings = _settings(options)
-    size = _size(settings.pop("size"))
+    given = settings.pop("size")
+    size = None if given is None else parse_size(given)
     output, count = Path(options.output), options.count
     if count < 1:
         raise ValueError(f"--count must be 1 or more, found {count}")
@@ -332,7 +333,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(options).items() if name in settings and value is not None}
     settings |= given
     if settings["strength"] is None:
-        settings["strength"] = STRENGTH.get(options.task)
+        settings["strength"] = STRENGTHS.get(options.task)
     return settings
 
 
@@ -347,15 +348,6 @@ def _checked_file(name: str, given: Any, file_hash: Callable[[Any], str]) -> tup
     if expected is not None and found != expected:
         raise ValueError(f"{path}: not the {name} that the recipe was made with (its contents changed); give it anew")
     return str(path), found
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if match is None:
-        raise ValueError(f"--size must be WIDTHxHEIGHT such as 512x768, found {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def _picture_path(output: Path, prompt: str, seed: int, count: int) -> Path:

@@ -7,6 +7,7 @@ picture reaches is its own affair, because every plan is filled up to a common n
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,12 +66,28 @@ class Request:
     id: str = ""
 
 
+STRENGTH = 0.75
+"""Of a picture without a mask, when nothing is said."""
+
+
+def parse_size(text: Any) -> tuple[int, int]:
+    """Width and height from a text such as "512x768".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"size must be WIDTHxHEIGHT such as 512x768, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def filled_in(request: Request, own: SamplingConfig) -> Request:
     """The request with every default in its place."""
     own_settings = {name: getattr(own, name) for name in ("steps", "guidance", "sampler", "spacing")}
     settings = {name: value for name, value in own_settings.items() if getattr(request, name) is None}
     if request.strength is None:
-        settings["strength"] = 0.75 if request.image is not None and request.mask is None else 1.0
+        settings["strength"] = STRENGTH if request.image is not None and request.mask is None else 1.0
     return dataclasses.replace(request, **settings)
 
 

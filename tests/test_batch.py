@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import batch, cli
+from sdjax import batch, cli, job_file, outputs
 from sdjax.checkpoint import save
 from sdjax.models.params import random_params
 from sdjax.pipeline import Pipeline
@@ -77,14 +77,14 @@ def pixels(path):
 
 
 def read(text, kind=".jsonl", **defaults):
-    return list(batch.read_lines(io.StringIO(text, newline=""), kind, defaults))
+    return list(job_file.read_lines(io.StringIO(text, newline=""), kind, defaults))
 
 
 def test_a_line_is_a_request_and_defaults_fill_what_it_lacks():
     first, second = read(
         text_of([dict(prompt="ä", size="24x16", count=2, guidance_interval=[0.1, 0.5]), dict(prompt="b")]), seed=7
     )
-    assert first == batch.Line(
+    assert first == job_file.Line(
         1, "0000001", 2, Request("ä", seed=7, width=24, height=16, guidance_interval=(0.1, 0.5), id="0000001")
     )
     assert first.names() == ["0000001-7", "0000001-8"]
@@ -128,7 +128,7 @@ def test_csv_and_txt_say_the_same_as_json_lines():
 )
 def test_a_line_that_is_no_request_is_rejected_with_its_number_and_reason(text, reason):
     good, bad = read('{"prompt": "a"}\n' + text + "\n")
-    assert isinstance(good, batch.Line)
+    assert isinstance(good, job_file.Line)
     assert (bad.number, bad.text) == (2, text)
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(bad.reason)
@@ -138,9 +138,9 @@ def test_ids_are_unique_down_to_the_pictures():
     first, second, third = read(
         text_of([dict(prompt="a", id="a", count=2, seed=4), dict(prompt="b", id="a-5"), dict(prompt="c", id="a")])
     )
-    assert isinstance(first, batch.Line)
+    assert isinstance(first, job_file.Line)
     assert "the id 'a-5' is taken" in second.reason
-    assert isinstance(third, batch.Line)  # a-4 and a-5 are not a
+    assert isinstance(third, job_file.Line)  # a-4 and a-5 are not a
 
 
 def test_a_csv_file_without_a_head_line_is_refused():
@@ -211,7 +211,7 @@ def test_a_finished_job_makes_nothing_again_and_a_lost_picture_only_itself(pipe,
 
 
 def test_shards_hold_the_same_pictures(pipe, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "SHARD", 4)
+    monkeypatch.setattr(outputs, "SHARD", 4)
     assert made(pipe, tmp_path, shards=True) == (6, 0, 0)
     shards = sorted(tmp_path.glob("shard-*"))
     assert [shard.name for shard in shards] == ["shard-000000.tar", "shard-000001.tar"]
@@ -275,7 +275,7 @@ def test_a_picture_of_nan_is_reported_and_not_written(pipe, here):
 def test_a_full_disk_costs_only_what_did_not_fit(pipe, here, monkeypatch, shards):
     """The third append to any file writes half and fails."""
     appends = itertools.count()
-    append = batch._append
+    append = outputs.append
 
     class Full:
         def __init__(self, file):
@@ -289,7 +289,7 @@ def test_a_full_disk_costs_only_what_did_not_fit(pipe, here, monkeypatch, shards
             self.file.flush()
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(batch, "_append", lambda file, data: append(Full(file) if next(appends) == 2 else file, data))
+    monkeypatch.setattr(outputs, "append", lambda file, data: append(Full(file) if next(appends) == 2 else file, data))
     reports = []
     assert made(pipe, here, report=lambda *r: reports.append(r), shards=shards) == (5, 0, 1)
     assert "No space left on device" in reports[0][1]
@@ -307,7 +307,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from PIL import Image
-from sdjax import batch
+from sdjax import batch, outputs
 from tests.small import SMALL
 
 
@@ -320,7 +320,7 @@ class Painter:  # stands for a Pipeline: the files are what is tested
             yield request, Image.new("RGB", (16, 16), (request.seed % 256, 0, 0))
 
 
-batch.SHARD = 25
+outputs.SHARD = 25
 out = Path(sys.argv[1])
 with batch.at_work(out), open(sys.argv[2]) as jobs:
     batch.prepare(jobs, ".jsonl", out, {}, {}, skip_bad=False)

@@ -15,9 +15,9 @@ LAYERS = [  # a module imports from lower rows, and from its own without going i
     {"models", "models.layers", "models.clip", "models.unet", "models.vae", "models.params"}
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
     {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"} | {"diffusion.torch_noise"},
-    {"pipeline", "request", "checkpoint", "recipe"},
+    {"sharding", "functions", "pipeline", "request", "checkpoint", "recipe"},
     {"train", "train.losses", "train.step", "train.data", "train.plots", "train.settings", "train.tasks", "train.loop"}
-    | {"batch"},
+    | {"job_file", "outputs", "batch"},
     {"load", "selftest", "compilation", "cli", "train.command"},
 ]
 ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,147 @@
+"""What a job leaves in its folder: the manifest, and pictures as files or in WebDataset shards.
+
+All of it is written such that a kill at any moment leaves nothing that the next start cannot tell from a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from sdjax.checkpoint import new_file
+from sdjax.recipe import Recipe, has_recipe
+
+SHARD = 1000
+"""Pictures in one .tar."""
+
+
+class Manifest(AbstractContextManager["Manifest"]):
+    """OUT/manifest.jsonl: appended to, a line at a time, and never left with half a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[int, tuple[str, int]] = {}  # picture -> (file, end of its part of it)
+        whole = 0
+        if path.exists():
+            with open(path, "rb") as file:
+                for text in file:
+                    try:
+                        entry = json.loads(text)
+                        self.entries[entry["picture"]] = entry["file"], entry.get("end", 0)
+                    except (ValueError, TypeError, KeyError):
+                        break
+                    if not text.endswith(b"\n"):
+                        break
+                    whole += len(text)
+        self.file = open(path, "ab")  # noqa: SIM115
+        self.file.truncate(whole)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def keep(self, there: Callable[[str, int], bool]) -> None:
+        """Forgets the pictures whose file is gone."""
+        gone = {picture for picture, (file, end) in self.entries.items() if not there(file, end)}
+        if not gone:
+            return
+        self.file.close()
+        with new_file(self.path, force=True) as temporary, open(self.path, "rb") as old, open(temporary, "wb") as new:
+            new.writelines(text for text in old if json.loads(text)["picture"] not in gone)
+        self.entries = {picture: entry for picture, entry in self.entries.items() if picture not in gone}
+        self.file = open(self.path, "ab")  # noqa: SIM115
+
+    def add(self, entry: dict[str, Any]) -> None:
+        append(self.file, (json.dumps(entry, ensure_ascii=False) + "\n").encode())
+
+
+def append(file: IO[bytes], data: bytes) -> None:
+    """All of `data`, or none of it and an OSError."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        file.write(data)
+        file.flush()
+    except OSError:
+        os.ftruncate(file.fileno(), before)
+        raise
+
+
+class Files:
+    """A file for each picture."""
+
+    def __init__(self, out: Path, suffix: str, manifest: Manifest) -> None:
+        self.out, self.suffix = out, suffix
+        there = {entry.name for entry in os.scandir(out)}
+        manifest.keep(lambda file, _: file in there)
+
+    def add(self, name: str, data: bytes, recipe: Recipe) -> dict[str, Any]:
+        path = self.out / f"{name}{self.suffix}"
+        if path.exists() and not has_recipe(path):
+            raise FileExistsError(f"{path} is already there and was not made by sdjax; move it away")
+        with new_file(path, force=True) as temporary:
+            temporary.write_bytes(data)
+        return {"file": path.name}
+
+    def close(self) -> None:
+        pass
+
+
+class Shards:
+    """WebDataset: NAME.png and NAME.json, `SHARD` pictures to a shard-000000.tar. One that is not full yet ends in
+    .partial; its length after each picture is in the manifest, so that a kill in between is cut off.
+    """
+
+    def __init__(self, out: Path, suffix: str, manifest: Manifest) -> None:
+        self.out, self.suffix = out, suffix
+        ends: dict[str, list[int]] = {}
+        for file, end in manifest.entries.values():
+            ends.setdefault(file, []).append(end)
+        lengths = {
+            file: (self._partial(file) if self._partial(file).exists() else out / file).stat().st_size
+            for file in ends
+            if self._partial(file).exists() or (out / file).exists()
+        }
+        manifest.keep(lambda file, end: end <= lengths.get(file, -1))
+        self.number = 1 + max((int(file[6:12]) for file in ends), default=-1)
+        self.count, self.file = 0, cast(IO[bytes] | None, None)
+        for file in sorted(ends):
+            if self._partial(file).exists():
+                self.number, self.count = int(file[6:12]), sum(end <= lengths[file] for end in ends[file])
+                self.file = open(self._partial(file), "r+b")  # noqa: SIM115
+                self.file.truncate(max((end for end in ends[file] if end <= lengths[file]), default=0))
+                self.file.seek(0, os.SEEK_END)
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:06d}.tar"
+
+    def _partial(self, file: str) -> Path:
+        return self.out / f"{file}.partial"
+
+    def add(self, name: str, data: bytes, recipe: Recipe) -> dict[str, Any]:
+        file = self.file = self.file or open(self._partial(self.name), "wb")  # noqa: SIM115
+        members = {self.suffix: data, ".json": recipe.to_json().encode()}
+        append(file, b"".join(_member(name + suffix, content) for suffix, content in members.items()))
+        self.count += 1
+        added = {"file": self.name, "end": file.tell()}
+        if self.count == SHARD:
+            self.close()
+        return added
+
+    def close(self) -> None:
+        if self.file is None:
+            return
+        append(self.file, bytes(2 * tarfile.BLOCKSIZE))
+        self.file.close()
+        self._partial(self.name).rename(self.out / self.name)
+        self.number, self.count, self.file = self.number + 1, 0, None
+
+
+def _member(name: str, content: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)
