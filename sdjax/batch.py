@@ -7,6 +7,9 @@
     OUT/rejected.jsonl  lines that are no request, and why (`skip_bad`)
     OUT/*.png           pictures with their recipes, or OUT/shard-*.tar of them
 
+Several processes (`Share`) may do one job together; the second and later ones put their number into the names of their
+own manifest-0001.jsonl, failed-0001.jsonl and shard-0001-000000.tar.
+
 A picture counts as made when its line is in the manifest. Files appear under their final name when they are whole, the
 line follows, and what a kill leaves behind is cleared away by the next start: so every picture is made exactly once, at
 whatever moment the work was interrupted.
@@ -18,6 +21,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,14 +31,19 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
+import numpy as np
 from PIL import Image
 
 from sdjax.checkpoint import new_file
+from sdjax.hosts import ALONE, Share
 from sdjax.job_file import Job, Rejected, read_lines, to_json
 from sdjax.outputs import Files, Manifest, Shards, append
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import Recipe, encoded, file_hash
 from sdjax.request import BATCH, Request, filled_in
+
+LATE = 60.0
+"""Seconds by which processes of one job may start apart."""
 
 ENCODING = 64
 """Pictures that may wait to be encoded and written."""
@@ -56,16 +65,24 @@ class Summary(NamedTuple):
 
 
 def prepare(
-    source: IO[str], kind: str, out: Path, settings: dict[str, Any], defaults: dict[str, Any], *, skip_bad: bool
+    source: IO[str],
+    kind: str,
+    out: Path,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    *,
+    skip_bad: bool,
+    share: Share = ALONE,
 ) -> list[Rejected]:
     """Reads and checks a whole job file into OUT/jobs.jsonl, and returns the lines that are no requests.
 
     settings: what else the pictures depend on (model, dtype, file format); a folder is for one job and one of these.
+    share: of several processes each does this for itself, and comes to the same file.
 
     Raises:
         ValueError: `out` holds another job, or, without `skip_bad`, there are lines that are no requests.
     """
-    partial, claim = out / ".jobs.jsonl.partial", out / "job.json"
+    partial, claim = out / f".jobs{share.tag}.jsonl.partial", out / "job.json"
     rejected: list[Rejected] = []
     digest = hashlib.sha256()
     try:
@@ -91,30 +108,47 @@ def prepare(
         partial.replace(out / "jobs.jsonl")
     finally:
         partial.unlink(missing_ok=True)
-    with new_file(out / "rejected.jsonl", force=True) as temporary:
-        lines = [json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in rejected]
-        temporary.write_text("".join(lines), "utf-8")
-    if not rejected:
-        (out / "rejected.jsonl").unlink()
+    if rejected:
+        with new_file(out / "rejected.jsonl", force=True) as temporary:
+            lines = [json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in rejected]
+            temporary.write_text("".join(lines), "utf-8")
+    else:
+        (out / "rejected.jsonl").unlink(missing_ok=True)
     return rejected
 
 
 @contextmanager
-def at_work(out: Path) -> Iterator[None]:
-    """Holds a folder for this process alone, and clears away what a kill left. Makes the folder if need be.
+def at_work(out: Path, share: Share = ALONE) -> Iterator[None]:
+    """Holds a share of a folder's job for this process alone, and clears away what a kill left if no other process is
+    at work there. Makes the folder if need be.
 
     Raises:
-        ValueError: another process is at work in it.
+        ValueError: another process is at work on this share.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
+    with open(out / f".lock{share.tag}", "w") as own, open(out / ".at-work", "w") as common:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out}: another process is at work in this folder") from None
-        for left in out.glob(".*.partial"):
-            left.unlink()
+        with suppress(BlockingIOError):
+            fcntl.flock(common, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in out.glob(".*.partial"):
+                left.unlink()
+        fcntl.flock(common, fcntl.LOCK_SH)
+        start = time.time()
         yield
+        if share.process == 0:  # the others hold to this process
+            for other in range(1, share.processes):
+                _wait_for(out / f".lock{Share(other, share.processes).tag}", start)
+
+
+def _wait_for(lock: Path, start: float) -> None:
+    """Waits until a process that was started with this one has let go of its lock; one that is late has a minute."""
+    while not (lock.exists() and lock.stat().st_mtime > start - LATE) and time.time() < start + LATE:
+        time.sleep(0.2)
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 Progress = Callable[[int, int], None]
@@ -130,32 +164,36 @@ def run(
     batch: int = BATCH,
     suffix: str = ".png",
     shards: bool = False,
+    share: Share = ALONE,
     report: Callable[[str, str], None] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Makes all pictures of OUT/jobs.jsonl (`prepare`) that are not in OUT/manifest.jsonl, inside `at_work`.
+    """Makes all pictures of OUT/jobs.jsonl (`prepare`) that are not in OUT/manifest.jsonl, or a share of them, inside
+    `at_work`.
 
     model, dtype: as they shall stand in the recipes. report: called with (id, reason) for what could not be made; the
     others are made. Pictures are encoded in threads while the device makes the next ones.
     """
     with (
         Job(out / "jobs.jsonl", pipe.config.sampling) as job,
-        Manifest(out / "manifest.jsonl") as manifest,
-        open(out / "failed.jsonl", "wb") as failures,
+        Manifest(out, share) as manifest,
+        open(out / f"failed{share.tag}.jsonl", "wb") as failures,
         ThreadPoolExecutor() as pool,
     ):
         writer = (Shards if shards else Files)(out, suffix, manifest)
-        before, made, failed = len(manifest.entries), 0, 0
+        pictures, lines = job.share(share)
+        missing = np.array([picture not in manifest.entries for picture in pictures.tolist()], bool)
+        total, before, made, failed = len(pictures), int((~missing).sum()), 0, 0
         places: dict[str, tuple[int, int]] = {}  # id of a request under way -> picture, line
 
         def requests() -> Iterator[Request]:
-            for index in job.order:
-                line = job.line(index)
-                for j, name in enumerate(line.names()):
-                    picture = int(job.first[index]) + j
-                    if picture not in manifest.entries:
-                        places[name] = picture, line.number
-                        yield dataclasses.replace(line.request, seed=line.request.seed + j, id=name)
+            index, line = -1, None
+            for picture, its_line in zip(pictures[missing].tolist(), lines[missing].tolist(), strict=True):
+                if line is None or its_line != index:
+                    index, line = its_line, job.line(its_line)
+                j = picture - int(job.first[index])
+                places[line.name(j)] = picture, line.number
+                yield dataclasses.replace(line.request, seed=line.request.seed + j, id=line.name(j))
 
         def fail(request: Request, error: Exception) -> None:
             nonlocal failed
@@ -180,7 +218,7 @@ def run(
             except (OSError, ValueError) as error:
                 fail(request, error)
             if progress is not None:
-                progress(before + made, job.pictures)
+                progress(before + made, total)
 
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
         hashed = lru_cache(maxsize=256)(file_hash)
@@ -195,7 +233,7 @@ def run(
                 write(*waiting)
         writer.close()
     if not failed:
-        (out / "failed.jsonl").unlink()
+        (out / f"failed{share.tag}.jsonl").unlink()
     return Summary(made, before, failed)
 
 
@@ -219,7 +257,7 @@ def _recipe(
 
 def described(pipe: Pipeline, out: Path, batch: int) -> str:
     """What `run` would do, as lines to print: pictures, batches and programs by shape, estimated memory."""
-    with Job(out / "jobs.jsonl", pipe.config.sampling) as job, Manifest(out / "manifest.jsonl") as manifest:
+    with Job(out / "jobs.jsonl", pipe.config.sampling) as job, Manifest(out) as manifest:
         lines = [f"{len(job.offsets)} requests, {job.pictures} pictures, {len(manifest.entries)} of them made"]
     own, shares = pipe.config.image_size, pipe.placement.shares
     at_once, each = batch * shares, " on each device" if shares * pipe.placement.model > 1 else ""

@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 
 from sdjax.config import ModelConfig
 from sdjax.models.params import abstract_params
+from sdjax.sharding import HERE
 from sdjax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -225,11 +226,13 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None) -> tuple[ModelConfig, Params]:
+def restore(
+    path: str | Path, *, dtype: str | None = None, sharding: Callable[[Any], jax.sharding.Sharding] = HERE.sharding
+) -> tuple[ModelConfig, Params]:
     """A checkpoint's configuration and parameters, put on the device.
 
-    dtype: "float32", "bfloat16" or "float16" to cast on the way (None: as stored). sharding: a jax Sharding for every
-    leaf (None: the default device).
+    dtype: "float32", "bfloat16" or "float16" to cast on the way (None: as stored). sharding: leaf -> where it goes (the
+    default device); of a leaf that goes to devices in parts, each part alone is read for its device.
 
     Raises:
         FileNotFoundError: no checkpoint at `path`. ValueError: it is damaged, holds symbolic links (which could read
@@ -239,20 +242,18 @@ def restore(path: str | Path, *, dtype: str | None = None, sharding: Any = None)
     if not is_checkpoint(path):
         raise FileNotFoundError(f"{path}: no checkpoint here; expected a folder with config.json and params/")
     config, stored = read_config(path), metadata(path)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def target(part: str) -> Params:
         def like(leaf: Any) -> jax.ShapeDtypeStruct:
             to = leaf.dtype if dtype is None else jnp.dtype(dtype_of(part, dtype))
-            return jax.ShapeDtypeStruct(leaf.shape, to, sharding=sharding)
+            return jax.ShapeDtypeStruct(leaf.shape, to, sharding=sharding(leaf))
 
         return jax.tree.map(like, stored[part])
 
     targets = {part: target(part) for part in stored}
     if (path / TENSORS).is_file():
         arrays = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), read_tensors(path / TENSORS), targets)
-        return config, jax.device_put(arrays, sharding)
+        return config, jax.device_put(arrays, jax.tree.map(sharding, arrays))
     from orbax.checkpoint import v1 as ocp
 
     try:

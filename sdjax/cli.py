@@ -152,6 +152,7 @@ def _add_batch(commands: Any) -> None:
     add("--shards", action="store_true", help="WebDataset .tar shards instead of single files")
     add("--skip-bad", action="store_true", help="leave out lines that are no requests, into rejected.jsonl")
     _add_devices(command)
+    _add_hosts(command)
     add("--dry-run", action="store_true", help="check the job and print the plan alone")
     group = command.add_argument_group("for lines that do not say otherwise")
     for name, kind in (("negative-prompt", str), ("sampler", str), ("spacing", str), ("size", str), ("noise", str)):
@@ -170,6 +171,15 @@ def _add_devices(command: argparse.ArgumentParser) -> None:
     add("--split-params", type=int, default=1, metavar="N", help="devices that hold one copy of the parameters (1)")
     add("--exact", action="store_true", help="the same bits in any batch on any number of devices; slower")
     add("--no-compile-cache", action="store_true", help="do not keep compiled programs in SDJAX_CACHE")
+
+
+def _add_hosts(command: argparse.ArgumentParser) -> None:
+    text = "every process runs the same command on the same file and folder, and makes its share"
+    add = command.add_argument_group("for one job by several processes, on one machine or many", text).add_argument
+    add("--distributed", action="store_true", help="as SLURM, Open MPI, Kubernetes or a TPU pod started them")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, any free port")
+    add("--num-processes", type=int, metavar="N", help="how many there are")
+    add("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
 def _add_warmup(commands: Any) -> None:
@@ -191,7 +201,7 @@ def warmup(options: argparse.Namespace) -> int:
 
     size = None if options.size is None else parse_size(options.size)
     with _progress(options.model) as (on_convert, _):
-        pipe = _on_devices(_load(options.model, options.dtype, on_convert), options)
+        pipe = _load(options, on_convert, placement=_placement(options))
     width, height = size or (pipe.config.image_size, pipe.config.image_size)
     seconds = warm_up(pipe, width, height, options.count)
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
@@ -210,6 +220,7 @@ LINE_DEFAULTS = (
 def batch(options: argparse.Namespace) -> int:
     """A job file in, pictures out; exit status 1 if some could not be made."""
     from sdjax import batch as jobs
+    from sdjax.hosts import ALONE, join
     from sdjax.request import check_settings
 
     check_settings(batch=options.batch)
@@ -220,15 +231,19 @@ def batch(options: argparse.Namespace) -> int:
     if options.jobs != "-" and not Path(options.jobs).is_file():
         raise FileNotFoundError(f"{options.jobs}: no such job file")
     settings = {"model": options.model, "dtype": options.dtype, "format": options.format, "shards": options.shards}
-    with jobs.at_work(out):
+    named = (options.coordinator, options.num_processes, options.process_id)
+    share = join(*named) if options.distributed or named != (None,) * 3 else ALONE
+    if options.jobs == "-" and share.processes > 1:
+        raise ValueError("several processes need a job file; standard input is read by one alone")
+    with jobs.at_work(out, share):
         with (
             nullcontext(sys.stdin) if options.jobs == "-" else open(options.jobs, encoding="utf-8", newline="") as file
         ):
-            rejected = jobs.prepare(file, kind, out, settings, defaults, skip_bad=options.skip_bad)
+            rejected = jobs.prepare(file, kind, out, settings, defaults, skip_bad=options.skip_bad, share=share)
         for line in rejected:
             console.print(f"sdjax: note: line {line.number} left out: {line.reason}", markup=False)
         with _progress(options.model) as (on_convert, _):
-            pipe = _on_devices(_load(options.model, options.dtype, on_convert), options)
+            pipe = _load(options, on_convert, placement=_placement(options))
         if options.dry_run:
             print(jobs.described(pipe, out, options.batch), end="")
             return 0
@@ -247,10 +262,12 @@ def batch(options: argparse.Namespace) -> int:
 
             keys = dict(model=options.model, dtype=options.dtype, batch=options.batch)
             suffix = f".{options.format}"
-            done = jobs.run(pipe, out, **keys, suffix=suffix, shards=options.shards, report=report, progress=progress)
+            keys |= dict(suffix=suffix, shards=options.shards, share=share)
+            done = jobs.run(pipe, out, **keys, report=report, progress=progress)
     print(f"{done.made} pictures made, {done.before} were there before, {done.failed} failed")
     if done.failed:
-        console.print(f"sdjax: note: the same command tries them again; {out / 'failed.jsonl'} says why", markup=False)
+        reasons = out / f"failed{share.tag}.jsonl"
+        console.print(f"sdjax: note: the same command tries them again; {reasons} says why", markup=False)
     return 1 if done.failed else 0
 
 
@@ -280,7 +297,7 @@ def generate(options: argparse.Namespace) -> int:
 
     check_settings(**{k: v for k, v in settings.items() if k not in FROM_MODEL or v is not None}, count=count)
     with _progress(model) as (on_convert, on_step):
-        pipe = _on_devices(_load(model, dtype, on_convert), options, count)
+        pipe = _load(options, on_convert, model=model, dtype=dtype, placement=_placement(options, count))
         for name in FROM_MODEL:
             settings[name] = getattr(pipe.config.sampling, name) if settings[name] is None else settings[name]
         if not output.suffix:
@@ -358,26 +375,31 @@ def _picture_path(output: Path, prompt: str, seed: int, count: int) -> Path:
     return output / f"{slug}-{seed}.png"
 
 
-def _load(model: str, dtype: str, on_convert: Callable[[int, int], None]) -> Any:
+def _load(options: argparse.Namespace, on_convert: Callable[[int, int], None], **given: Any) -> Any:
+    """The model that was asked for; given: what does not come from the options as they are."""
     from sdjax.load import load
 
-    return load(model or None, dtype=dtype, progress=on_convert)
+    named = {"model": options.model, "dtype": options.dtype} | given
+    return load(named.pop("model") or None, progress=on_convert, **named)
 
 
-def _on_devices(pipe: Any, options: argparse.Namespace, pictures: int | None = None) -> Any:
-    """The pipeline over the devices that were asked for: all of the machine, but no more than there are pictures.
+def _placement(options: argparse.Namespace, pictures: int | None = None) -> Any:
+    """The devices that were asked for: all of the machine, but no more than there are pictures.
 
     Several devices of a CPU are one CPU; of these only as many are used as were asked for.
     """
     import jax
+
+    from sdjax.sharding import Placement
 
     there = jax.local_devices()
     if options.devices is not None and not 1 <= options.devices <= len(there):
         raise ValueError(f"--devices must be between 1 and the {len(there)} of this machine, found {options.devices}")
     devices = options.devices or (1 if there[0].platform == "cpu" else len(there))
     if pictures is not None:
-        devices = min(devices, pictures * options.split_params)
-    return pipe.on(there[:devices], parallel=options.parallel, model=options.split_params, exact=options.exact)
+        devices = min(devices, pictures * max(1, options.split_params))
+    chosen = tuple(there[:devices]) if devices > 1 else None
+    return Placement(chosen, options.parallel, options.split_params, options.exact)
 
 
 @contextmanager
@@ -433,7 +455,7 @@ def selftest(options: argparse.Namespace) -> int:
     pipe = None
     if options.model is not None:
         with _progress(options.model) as (on_convert, _):
-            pipe = _load(options.model, options.dtype, on_convert)
+            pipe = _load(options, on_convert)
     return 0 if run(pipe) else 1
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax.config import SamplingConfig
+from sdjax.hosts import Share
 from sdjax.request import Request, check_settings, filled_in, parse_size, row_bound
 
 NUMBERS: dict[str, type] = {
@@ -40,9 +41,9 @@ class Line:
     count: int
     request: Request
 
-    def names(self) -> list[str]:
-        """The ids of its pictures."""
-        return [self.id] if self.count == 1 else [f"{self.id}-{self.request.seed + j}" for j in range(self.count)]
+    def name(self, j: int) -> str:
+        """The id of its picture number j, from 0."""
+        return self.id if self.count == 1 else f"{self.id}-{self.request.seed + j}"
 
 
 class Rejected(NamedTuple):
@@ -65,7 +66,9 @@ def read_lines(file: IO[str], kind: str, defaults: dict[str, Any]) -> Iterator[L
             if isinstance(fields, ValueError):
                 raise fields
             line = _line(number, {**defaults, **fields})
-            digests = [hashlib.blake2b(name.encode(), digest_size=12).digest() for name in line.names()]
+            digests = [
+                hashlib.blake2b(name.encode(), digest_size=12).digest() for name in map(line.name, range(line.count))
+            ]
             if len(set(digests)) < len(digests) or not seen.isdisjoint(digests):
                 raise ValueError(f"the id {line.id!r} is taken by a line before; ids must be unique")
             seen.update(digests)
@@ -215,6 +218,14 @@ class Job(AbstractContextManager["Job"]):
     @property
     def pictures(self) -> int:
         return int(self.first[-1])
+
+    def share(self, share: Share) -> tuple[np.ndarray, np.ndarray]:
+        """The share's pictures, every so many-th in `order`, and the line of each, i64[n] both."""
+        lines = np.repeat(self.order, self.counts[self.order])
+        starts = np.cumsum(self.counts[self.order]) - self.counts[self.order]
+        pictures = self.first[lines] + np.arange(self.pictures) - np.repeat(starts, self.counts[self.order])
+        mine = slice(share.process, None, share.processes)
+        return pictures[mine], lines[mine]
 
 
 def _shape(request: Request) -> tuple[Any, ...]:

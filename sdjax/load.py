@@ -19,6 +19,7 @@ from convert import diffusers
 from sdjax import checkpoint
 from sdjax.models.params import count_parameters
 from sdjax.pipeline import Pipeline
+from sdjax.sharding import HERE, Placement
 from sdjax.tokenizer import Tokenizer, clip_tokenizer
 
 SHORT_NAMES = {
@@ -44,6 +45,7 @@ def load(
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
     clean: str = "openai",
+    placement: Placement = HERE,
     progress: Progress | None = None,
 ) -> Pipeline:
     """A `Pipeline` for a model.
@@ -51,8 +53,8 @@ def load(
     model: a checkpoint of ours (folder), a .ckpt or .safetensors file, a diffusers folder, a hub id ("owner/name"), or
     one of `SHORT_NAMES`. None: the model in the box, which draws 64x64 pictograms. dtype: "float32", "bfloat16" or
     "float16", of parameters and computation. vae, text_encoder: files for a checkpoint that lacks them. clean:
-    "openai" or "hf", the cleaning of prompts (`sdjax.tokenizer`). progress: called with (bytes done, bytes in all)
-    while converting.
+    "openai" or "hf", the cleaning of prompts (`sdjax.tokenizer`). placement: the devices (`Pipeline.on`), to which the
+    parameters are restored. progress: called with (bytes done, bytes in all) while converting.
 
     Raises:
         FileNotFoundError: no such file, folder or hub id. ValueError: the file cannot be used; the message says why.
@@ -64,10 +66,10 @@ def load(
         path = converted(path, vae=vae, text_encoder=text_encoder, progress=progress)
     elif vae is not None or text_encoder is not None:
         raise ValueError(f"{path} is a whole checkpoint; vae and text_encoder are for files that lack these parts")
-    config, params = checkpoint.restore(path, dtype=dtype)
+    config, params = checkpoint.restore(path, dtype=dtype, sharding=placement.sharding)
     own = path / "tokenizer"
     tokenizer = Tokenizer.from_folder(own, clean) if own.is_dir() else clip_tokenizer(clean)
-    return Pipeline(config, params, tokenizer, config.name if model is None else str(model))
+    return Pipeline(config, params, tokenizer, config.name if model is None else str(model), placement)
 
 
 def find(model: str | Path) -> Path:

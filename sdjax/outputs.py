@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from sdjax.checkpoint import new_file
+from sdjax.hosts import ALONE, Share
 from sdjax.recipe import Recipe, has_recipe
 
 SHARD = 1000
@@ -21,13 +23,19 @@ SHARD = 1000
 
 
 class Manifest(AbstractContextManager["Manifest"]):
-    """OUT/manifest.jsonl: appended to, a line at a time, and never left with half a line."""
+    """OUT/manifest.jsonl: appended to, a line at a time, and never left with half a line.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[int, tuple[str, int]] = {}  # picture -> (file, end of its part of it)
+    Every process has a file of its own, `manifest-0001.jsonl` and so on after the first, and knows what the others have
+    made. A file whose process is no longer there belongs to number i modulo the number of processes.
+    entries: picture -> (file, end of its part of it).
+    """
+
+    def __init__(self, out: Path, share: Share = ALONE) -> None:
+        self.share = share
+        self.own = out / f"manifest{share.tag}.jsonl"
+        self.entries: dict[int, tuple[str, int]] = {}
         whole = 0
-        if path.exists():
+        for path in out.glob("manifest*.jsonl"):
             with open(path, "rb") as file:
                 for text in file:
                     try:
@@ -37,8 +45,8 @@ class Manifest(AbstractContextManager["Manifest"]):
                         break
                     if not text.endswith(b"\n"):
                         break
-                    whole += len(text)
-        self.file = open(path, "ab")  # noqa: SIM115
+                    whole += len(text) if path == self.own else 0
+        self.file = open(self.own, "ab")  # noqa: SIM115
         self.file.truncate(whole)
 
     def __exit__(self, *_: object) -> None:
@@ -50,13 +58,22 @@ class Manifest(AbstractContextManager["Manifest"]):
         if not gone:
             return
         self.file.close()
-        with new_file(self.path, force=True) as temporary, open(self.path, "rb") as old, open(temporary, "wb") as new:
-            new.writelines(text for text in old if json.loads(text)["picture"] not in gone)
+        for path in self.own.parent.glob("manifest*.jsonl"):
+            if number_of(path.stem) % self.share.processes != self.share.process:
+                continue
+            with new_file(path, force=True) as temporary, open(path, "rb") as old, open(temporary, "wb") as new:
+                new.writelines(text for text in old if json.loads(text)["picture"] not in gone)
         self.entries = {picture: entry for picture, entry in self.entries.items() if picture not in gone}
-        self.file = open(self.path, "ab")  # noqa: SIM115
+        self.file = open(self.own, "ab")  # noqa: SIM115
 
     def add(self, entry: dict[str, Any]) -> None:
         append(self.file, (json.dumps(entry, ensure_ascii=False) + "\n").encode())
+
+
+def number_of(stem: str) -> int:
+    """The process that a file belongs to, by the first number in its name: manifest-0003, shard-0003-000000."""
+    numbers = re.findall(r"\d+", stem)
+    return int(numbers[0]) if len(numbers) > ("shard" in stem) else 0
 
 
 def append(file: IO[bytes], data: bytes) -> None:
@@ -96,7 +113,7 @@ class Shards:
     """
 
     def __init__(self, out: Path, suffix: str, manifest: Manifest) -> None:
-        self.out, self.suffix = out, suffix
+        self.out, self.suffix, self.tag = out, suffix, manifest.share.tag
         ends: dict[str, list[int]] = {}
         for file, end in manifest.entries.values():
             ends.setdefault(file, []).append(end)
@@ -106,28 +123,35 @@ class Shards:
             if self._partial(file).exists() or (out / file).exists()
         }
         manifest.keep(lambda file, end: end <= lengths.get(file, -1))
-        self.number = 1 + max((int(file[6:12]) for file in ends), default=-1)
+        own = [file for file in ends if file.startswith(f"shard{self.tag}-") and len(file) == len(self._name(0))]
+        self.number = 1 + max((int(file[-10:-4]) for file in own), default=-1)
         self.count, self.file = 0, cast(IO[bytes] | None, None)
-        for file in sorted(ends):
-            if self._partial(file).exists():
-                self.number, self.count = int(file[6:12]), sum(end <= lengths[file] for end in ends[file])
-                self.file = open(self._partial(file), "r+b")  # noqa: SIM115
-                self.file.truncate(max((end for end in ends[file] if end <= lengths[file]), default=0))
-                self.file.seek(0, os.SEEK_END)
+        left = [file for file in ends if self._partial(file).exists()]
+        for file in sorted(left, key=lambda file: (file in own, file)):  # the last one of its own it goes on with
+            if number_of(file) % manifest.share.processes != manifest.share.process:
+                continue
+            self.close()
+            self.at, self.count = file, sum(end <= lengths[file] for end in ends[file])
+            self.file = open(self._partial(file), "r+b")  # noqa: SIM115
+            self.file.truncate(max((end for end in ends[file] if end <= lengths[file]), default=0))
+            self.file.seek(0, os.SEEK_END)
+            if file not in own:
+                self.close()
 
-    @property
-    def name(self) -> str:
-        return f"shard-{self.number:06d}.tar"
+    def _name(self, number: int) -> str:
+        return f"shard{self.tag}-{number:06d}.tar"
 
     def _partial(self, file: str) -> Path:
         return self.out / f"{file}.partial"
 
     def add(self, name: str, data: bytes, recipe: Recipe) -> dict[str, Any]:
-        file = self.file = self.file or open(self._partial(self.name), "wb")  # noqa: SIM115
+        if self.file is None:
+            self.at, self.number = self._name(self.number), self.number + 1
+            self.file = open(self._partial(self.at), "wb")  # noqa: SIM115
         members = {self.suffix: data, ".json": recipe.to_json().encode()}
-        append(file, b"".join(_member(name + suffix, content) for suffix, content in members.items()))
+        append(self.file, b"".join(_member(name + suffix, content) for suffix, content in members.items()))
         self.count += 1
-        added = {"file": self.name, "end": file.tell()}
+        added = {"file": self.at, "end": self.file.tell()}
         if self.count == SHARD:
             self.close()
         return added
@@ -137,8 +161,8 @@ class Shards:
             return
         append(self.file, bytes(2 * tarfile.BLOCKSIZE))
         self.file.close()
-        self._partial(self.name).rename(self.out / self.name)
-        self.number, self.count, self.file = self.number + 1, 0, None
+        self._partial(self.at).rename(self.out / self.at)
+        self.count, self.file = 0, None
 
 
 def _member(name: str, content: bytes) -> bytes:

@@ -67,15 +67,16 @@ class Placement:
 
     def put(self, params: Params) -> Params:
         """Parameters to where the programs expect them."""
-        if self.devices is None:
-            return params
-        return jax.device_put(params, jax.tree.map(lambda leaf: NamedSharding(self.mesh, self.split(leaf)), params))
+        return params if self.devices is None else jax.device_put(params, jax.tree.map(self.sharding, params))
 
-    def split(self, leaf: Any) -> PartitionSpec:
-        """How a parameter lies on the mesh: along its last axis that `model` divides, or else whole."""
+    def sharding(self, leaf: Any) -> jax.sharding.Sharding:
+        """Where a parameter lies: on every device whole, or along its last axis that `model` divides."""
+        if self.devices is None:
+            return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shape = np.shape(leaf)
         fitting = [axis for axis, length in enumerate(shape) if self.model > 1 and length % self.model == 0]
-        return PartitionSpec(*(MODEL if axis == max(fitting, default=None) else None for axis in range(len(shape))))
+        axes = (MODEL if axis == max(fitting, default=None) else None for axis in range(len(shape)))
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
 HERE = Placement()

@@ -16,8 +16,11 @@ from sdjax.types import Params
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Small models take longer to compile than to run: compile quickly, but for full-size runs."""
+    """Small models take longer to compile than to run: compile quickly, here and in processes that tests start, but for
+    full-size runs.
+    """
     if config.getoption("markexpr") == "not full":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
 
 

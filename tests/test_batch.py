@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -308,6 +309,7 @@ import sys, time
 from pathlib import Path
 from PIL import Image
 from sdjax import batch, outputs
+from sdjax.hosts import ALONE, join
 from tests.small import SMALL
 
 
@@ -317,40 +319,38 @@ class Painter:  # stands for a Pipeline: the files are what is tested
     def batch(self, requests, batch, on_error):
         for request in requests:
             time.sleep(0.002)
+            while share.process == 0 and share.processes > 1 and not Path(sys.argv[7]).exists():
+                time.sleep(0.01)
             yield request, Image.new("RGB", (16, 16), (request.seed % 256, 0, 0))
 
 
 outputs.SHARD = 25
 out = Path(sys.argv[1])
-with batch.at_work(out), open(sys.argv[2]) as jobs:
-    batch.prepare(jobs, ".jsonl", out, {}, {}, skip_bad=False)
+share = join(sys.argv[4], int(sys.argv[5]), int(sys.argv[6])) if sys.argv[4:] else ALONE
+with batch.at_work(out, share), open(sys.argv[2]) as jobs:
+    batch.prepare(jobs, ".jsonl", out, {}, {}, skip_bad=False, share=share)
     print("at work", flush=True)
-    print(batch.run(Painter(), out, model="", dtype="float32", shards=sys.argv[3] == "shards"))
+    print(batch.run(Painter(), out, model="", dtype="float32", shards=sys.argv[3] == "shards", share=share))
 """
 
 
-@pytest.mark.parametrize("kind", ["files", "shards"])
-def test_a_job_that_is_killed_ten_times_makes_every_picture_exactly_once(tmp_path, kind):
-    count, dice, kills = 400, random.Random(0), 0
-    (tmp_path / "jobs.jsonl").write_text(text_of([dict(prompt="a", seed=i * 4, count=4) for i in range(count // 4)]))
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", WORKER, str(out), str(tmp_path / "jobs.jsonl"), kind]
+def worker(tmp_path, kind, *share):
+    """A process at work on tmp_path/jobs.jsonl."""
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "out"), str(tmp_path / "jobs.jsonl"), kind, *share]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
-    while True:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        if kills < 10:
-            assert process.stdout.readline() == "at work\n"
-            time.sleep(dice.uniform(0, 0.12))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
-        break
-    assert "failed=0" in output
-    assert 0 < int(output.split("before=")[1].split(",")[0]) < count, "the kills struck in the middle"
-    entries = manifest(out)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def until_at_work(process):
+    for line in process.stdout:
+        if line == "at work\n":
+            return
+    pytest.fail("the process ended before it began")
+
+
+def check_whole(out, count):
+    """Every picture is there exactly once, and is the one that its line in a manifest says."""
+    entries = [json.loads(line) for path in out.glob("manifest*.jsonl") for line in path.read_text().splitlines()]
     assert sorted(entry["picture"] for entry in entries) == list(range(count))
     assert len({entry["id"] for entry in entries}) == count
     files = {}
@@ -366,6 +366,76 @@ def test_a_job_that_is_killed_ten_times_makes_every_picture_exactly_once(tmp_pat
     for entry in entries:
         assert hashlib.sha256(files[f"{entry['id']}.png"]).hexdigest() == entry["sha256"]
     assert not [path.name for path in out.iterdir() if "partial" in path.name]
+
+
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_a_job_that_is_killed_ten_times_makes_every_picture_exactly_once(tmp_path, kind):
+    count, dice, kills = 400, random.Random(0), 0
+    (tmp_path / "jobs.jsonl").write_text(text_of([dict(prompt="a", seed=i * 4, count=4) for i in range(count // 4)]))
+    while True:
+        process = worker(tmp_path, kind)
+        if kills < 10:
+            until_at_work(process)
+            time.sleep(dice.uniform(0, 0.12))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        break
+    assert "failed=0" in output
+    assert 0 < int(output.split("before=")[1].split(",")[0]) < count, "the kills struck in the middle"
+    check_whole(tmp_path / "out", count)
+
+
+@pytest.mark.parametrize(("processes", "kind"), [(2, "files"), (4, "shards")])
+def test_processes_share_a_job_and_one_that_is_killed_may_come_back(tmp_path, processes, kind):
+    """Under `jax.distributed`; then one process alone finds nothing left to do."""
+    count = 600
+    (tmp_path / "jobs.jsonl").write_text(text_of([dict(prompt="a", seed=i * 7, count=7) for i in range(count // 7)]))
+    count = count // 7 * 7
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(process):
+        return worker(tmp_path, kind, address, str(processes), str(process), str(tmp_path / "all are here"))
+
+    workers = [start(process) for process in range(processes)]
+    until_at_work(workers[1])
+    workers[1].send_signal(signal.SIGKILL)
+    workers[1].wait()
+    workers[1] = start(1)
+    until_at_work(workers[1])
+    (tmp_path / "all are here").touch()  # process 0 waits for it, and so has not ended
+    for process in workers:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert "failed=0" in output
+    check_whole(tmp_path / "out", count)
+    assert len(list((tmp_path / "out").glob("manifest*.jsonl"))) == processes
+    output, _ = worker(tmp_path, kind).communicate()
+    assert f"made=0, before={count}, failed=0" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--num-processes", "2"], "belong together"),
+        (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"], "process-id must be from 0 to 1"),
+        (["--coordinator", "here", "--num-processes", "2", "--process-id", "0"], "HOST:PORT of process 0"),
+        (["--distributed"], "the processes could not be joined"),
+        (["--devices", "9"], "--devices must be between 1 and the 4 of this machine"),
+        (["--devices", "3", "--split-params", "2"], "model must be a whole number that divides the 3 devices"),
+    ],
+)
+def test_impossible_processes_and_devices_are_one_clear_error(here, capsys, options, says):
+    (here / "jobs.txt").write_text("a cat\n")
+    assert cli.main(["batch", "jobs.txt", "-o", "out", *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
 
 
 # From Python, and one program for all

@@ -1,10 +1,13 @@
 """Every example runs as its docstring says, on a model small enough for a test."""
 
+import io
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -46,6 +49,31 @@ def test_devices_example_runs_on_every_device(parallel, tmp_path):
     assert result.stdout.startswith("4 x ")  # simulated by conftest.py
     with Image.open(tmp_path / "pictures.png") as image:
         assert image.size == (4 * 12 + 4, 2 * 12 + 4)
+
+
+def test_processes_of_the_launch_script_share_a_job(tmp_path):
+    save_model(mini(), tmp_path / "model")
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "red disc", "count": 6, "steps": 2}\n')
+    sdjax = tmp_path / "bin" / "sdjax"
+    sdjax.parent.mkdir()
+    sdjax.write_text(f'#!/bin/sh\nexec {sys.executable} -m sdjax.cli "$@"\n')
+    sdjax.chmod(0o755)
+    command = [str(EXAMPLES / "several_processes.sh"), "2", "jobs.jsonl", "out", "--model", "model"]
+    path = f"{sdjax.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {
+        "PATH": path,
+        "PYTHONPATH": str(EXAMPLES.parent),
+        "SDJAX_CACHE": str(tmp_path / "cache"),
+    }
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("3 pictures made, 0 were there before, 0 failed") == 2
+    pictures = [(tmp_path / "out" / f"0000001-{seed}.png").read_bytes() for seed in range(6)]
+    assert len(set(pictures)) == 6
+    alone = mini().text_to_image("red disc", count=6, steps=2)
+    for data, picture in zip(pictures, alone, strict=True):
+        with Image.open(io.BytesIO(data)) as made:
+            assert np.abs(np.asarray(made, int) - np.asarray(picture, int)).max() <= 1
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.stem)

@@ -138,8 +138,6 @@ def test_interrupted_run_comes_to_the_same_bits(kind, pictures, whole, tmp_path)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import jax
-jax.config.update("jax_disable_most_optimizations", sys.argv[4] == "True")
 from tests.test_train_loop import run
 
 def progress(done, total, metrics):
@@ -152,11 +150,10 @@ run("vae", Path(sys.argv[1]), Path(sys.argv[2]), progress)
 
 def test_killed_process_started_again_comes_to_the_same_bits(pictures, whole, programs, tmp_path):
     _, model = whole("vae")
-    quick = jax.config.read("jax_disable_most_optimizations")
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs)}
 
     def process(at):
-        command = [sys.executable, "-c", KILLED, str(pictures), str(tmp_path / "run"), str(at), str(quick)]
+        command = [sys.executable, "-c", KILLED, str(pictures), str(tmp_path / "run"), str(at)]
         return subprocess.run(
             command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True
         ).returncode

@@ -1,0 +1,51 @@
+"""Several processes for one job, on one machine or on many.
+
+Every process works with the devices of its own machine and takes its own share of the pictures, so processes have
+nothing to wait for once they know who they are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class Share(NamedTuple):
+    """Which part of a job is this process's: the one of number `process` among so many `processes`."""
+
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def tag(self) -> str:
+        """What tells this process's files from those of the others; nothing for the first."""
+        return f"-{self.process:04d}" if self.process else ""
+
+
+ALONE = Share()
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Share:
+    """Joins the other processes by `jax.distributed`. Call it before anything else of JAX.
+
+    coordinator: HOST:PORT of process 0; processes: how many there are; process: which one this is. Without them the
+    environment says it, as far as JAX knows it: SLURM, Open MPI, Kubernetes, a TPU pod. A process that died may be
+    started again while the others go on; if it was process 0, the others end, and all are started again.
+
+    Raises:
+        ValueError: some of the three are missing or out of range, or the environment says nothing.
+    """
+    given = (coordinator, processes, process)
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise ValueError("coordinator, num-processes and process-id belong together; give all three or none")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ValueError(f"process-id must be from 0 to {processes - 1}, found {process}")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"coordinator must be HOST:PORT of process 0, such as 10.0.0.1:12345, found {coordinator!r}")
+    jax.config.update("jax_enable_recoverability", True)
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the processes could not be joined ({' '.join(str(error).split())})") from None
+    return Share(jax.process_index(), jax.process_count())
