@@ -390,7 +390,7 @@ def _placement(options: argparse.Namespace, pictures: int | None = None) -> Any:
     """
     import jax
 
-    from sdjax.sharding import Placement
+    from sdjax.sharding import over
 
     there = jax.local_devices()
     if options.devices is not None and not 1 <= options.devices <= len(there):
@@ -398,8 +398,7 @@ def _placement(options: argparse.Namespace, pictures: int | None = None) -> Any:
     devices = options.devices or (1 if there[0].platform == "cpu" else len(there))
     if pictures is not None:
         devices = min(devices, pictures * max(1, options.split_params))
-    chosen = tuple(there[:devices]) if devices > 1 else None
-    return Placement(chosen, options.parallel, options.split_params, options.exact)
+    return over(there[:devices], parallel=options.parallel, model=options.split_params, exact=options.exact)
 
 
 @contextmanager

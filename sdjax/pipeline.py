@@ -24,7 +24,7 @@ from sdjax.diffusion.samplers import first_carry
 from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.functions import Batch, encode_images, inpainting_channels, programs
 from sdjax.request import BATCH, SAMPLING, Plan, Request, check_settings, filled_in, plan, stacked
-from sdjax.sharding import HERE, Placement
+from sdjax.sharding import HERE, Placement, over
 from sdjax.tokenizer import Tokenizer
 from sdjax.types import Array, Latent, Params
 
@@ -100,8 +100,8 @@ class Pipeline:
         Raises:
             ValueError: as `Placement`.
         """
-        chosen = tuple(jax.local_devices() if devices is None else devices)
-        placement = Placement(chosen if len(chosen) > 1 else None, parallel, model, exact)
+        chosen = jax.local_devices() if devices is None else devices
+        placement = over(chosen, parallel=parallel, model=model, exact=exact)
         return dataclasses.replace(self, params=placement.put(self.params), placement=placement)
 
     def text_to_image(

@@ -8,7 +8,7 @@ in the communication that the products need.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
@@ -81,6 +81,11 @@ class Placement:
 
 HERE = Placement()
 """The default device."""
+
+
+def over(devices: Sequence[jax.Device], **options: Any) -> Placement:
+    """A `Placement` on these devices; the default device alone needs no mesh."""
+    return Placement(None if list(devices) == jax.local_devices()[:1] else tuple(devices), **options)
 
 
 def spread(

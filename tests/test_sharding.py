@@ -156,5 +156,7 @@ def test_impossible_placements_are_refused(wrong, says):
         Placement(**wrong)
 
 
-def test_one_device_needs_no_mesh(pipe):
+def test_the_default_device_needs_no_mesh_and_another_is_used(pipe):
     assert pipe.on(DEVICES[:1]).placement == HERE
+    other = pipe.on(DEVICES[3:])
+    assert {leaf.devices() == {DEVICES[3]} for leaf in jax.tree.leaves(other.params)} == {True}
