@@ -43,7 +43,7 @@ GOOD = [("m/data.pkl", tensor_pickle()), ("m/data/0", WEIGHT.tobytes())]
         (b'{"error": "Repository not found"}', "JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "git lfs pull"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(100), "7z"),
-        (gzip.compress(b"x" * 100), "gzip"),
+        (gzip.compress(b"x" * 100, mtime=0), "gzip"),
         (b"GGUF" + bytes(100), "GGUF"),
         (bytes(257) + b"ustar" + bytes(300), "tar"),
         (bytes(4096), "zeros"),
