@@ -88,8 +88,8 @@ def test_a_line_is_a_request_and_defaults_fill_what_it_lacks():
     assert first == job_file.Line(
         1, "0000001", 2, Request("ä", seed=7, width=24, height=16, guidance_interval=(0.1, 0.5), id="0000001")
     )
-    assert first.names() == ["0000001-7", "0000001-8"]
-    assert (second.number, second.names()) == (2, ["0000002"])
+    assert [first.name(j) for j in range(2)] == ["0000001-7", "0000001-8"]
+    assert (second.number, second.name(0)) == (2, "0000002")
 
 
 def test_csv_and_txt_say_the_same_as_json_lines():
