@@ -175,7 +175,7 @@ def test_streaming_compiles_one_step_wherever_the_parameters_lie(device, caplog)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         results = list(stream(make_denoiser, scale, rows, x, image_keys([4])))
     assert len(results) == STEPS
-    assert len([record for record in caplog.records if "Compiling jit(_step)" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "Compiling jit(sample_row)" in record.getMessage()]) == 1
 
 
 def test_every_row_has_noise_of_its_own():
