@@ -5,7 +5,7 @@
 
 Everything lies in run/: the data set, a training run for each part (loss.png and samples/ show how far it is), and at
 the end run/box: `sdjax txt2img "red heart" --model run/box`. Interrupt it as you like; the same command goes on. On two
-CPU cores it takes an hour and a half; --scale 4 is for an afternoon, --scale 0.01 a rehearsal of the whole way; --gpu
+CPU cores it takes two hours and a half; --scale 4 is for an afternoon, --scale 0.01 a rehearsal of the whole way; --gpu
 is for longer trainings in larger batches, and was not tried yet. What sdjax carries came from this command: its card is
 sdjax/assets/box/README.md.
 """
@@ -37,7 +37,7 @@ from sdjax.train.tasks import clip_task, unet_task, vae_task
 CPU = {
     "vae": Settings(steps=3750, decay=1875, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),
     "clip": Settings(steps=825, decay=412, batch=128, learning_rate=1e-3, weight_decay=0.1, ema=0.99),
-    "unet": Settings(steps=5000, decay=1700, batch=48, learning_rate=1e-3, warmup=300),
+    "unet": Settings(steps=10000, decay=3400, batch=48, learning_rate=1e-3, warmup=300),
 }
 GPU = {
     "vae": dataclasses.replace(CPU["vae"], steps=30000, decay=15000, batch=64, scan=10),
