@@ -177,7 +177,7 @@ def run(
     with (
         Job(out / "jobs.jsonl", pipe.config.sampling) as job,
         Manifest(out, share) as manifest,
-        open(out / f"failed{share.tag}.jsonl", "wb") as failures,
+        open(share.failures(out), "wb") as failures,
         ThreadPoolExecutor() as pool,
     ):
         writer = (Shards if shards else Files)(out, suffix, manifest)
@@ -233,7 +233,7 @@ def run(
                 write(*waiting)
         writer.close()
     if not failed:
-        (out / f"failed{share.tag}.jsonl").unlink()
+        share.failures(out).unlink()
     return Summary(made, before, failed)
 
 

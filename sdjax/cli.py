@@ -266,8 +266,7 @@ def batch(options: argparse.Namespace) -> int:
             done = jobs.run(pipe, out, **keys, report=report, progress=progress)
     print(f"{done.made} pictures made, {done.before} were there before, {done.failed} failed")
     if done.failed:
-        reasons = out / f"failed{share.tag}.jsonl"
-        console.print(f"sdjax: note: the same command tries them again; {reasons} says why", markup=False)
+        console.print(f"sdjax: note: the same command tries them again; {share.failures(out)} says why", markup=False)
     return 1 if done.failed else 0
 
 

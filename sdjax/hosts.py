@@ -6,6 +6,7 @@ nothing to wait for once they know who they are.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,10 @@ class Share(NamedTuple):
     def tag(self) -> str:
         """What tells this process's files from those of the others; nothing for the first."""
         return f"-{self.process:04d}" if self.process else ""
+
+    def failures(self, out: Path) -> Path:
+        """Where this process says what it could not make."""
+        return out / f"failed{self.tag}.jsonl"
 
 
 ALONE = Share()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +20,7 @@ from PIL import Image
 
 from sdjax import image as images
 from sdjax.config import ModelConfig
-from sdjax.diffusion.sample import bound_like, each_row, image_keys
-from sdjax.diffusion.samplers import first_carry
+from sdjax.diffusion.sample import image_keys, row_by_row
 from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.functions import Batch, encode_images, inpainting_channels, programs
 from sdjax.request import BATCH, SAMPLING, Plan, Request, check_settings, filled_in, plan, stacked
@@ -373,11 +373,11 @@ class Pipeline:
         if progress is None:
             latents = of_model.paint(params["unet"], inputs, rows, counts, x, keys)
         else:
-            carry, count = bound_like(first_carry(x), inputs), int(counts.max())
-            for row, index in each_row(rows, count):
-                carry = of_model.paint_row(params["unet"], inputs, keys, carry, row, index)
-                progress(int(index) + 1, count, carry.x0_hat)
-            latents = carry.x
+            latents, count = x, int(counts.max())
+            run = partial(of_model.paint_row, params["unet"], inputs, keys)
+            for done, (after, x0_hat) in enumerate(row_by_row(run, rows, x, inputs, count), 1):
+                progress(done, count, x0_hat)
+                latents = after
         return of_model.develop(params["vae"], latents)
 
     def _finished(

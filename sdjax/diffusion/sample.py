@@ -97,20 +97,21 @@ def stream(
 
     The step is compiled once for all rows; stop iterating to stop sampling.
     """
-    carry = bound_like(first_carry(x), inputs)
-    for row, index in each_row(rows, count):
-        carry = _jitted_row(make_denoiser, inputs, keys, carry, row, index)
+    return row_by_row(partial(_jitted_row, make_denoiser, inputs, keys), rows, x, inputs, count)
+
+
+def row_by_row(
+    run: Callable[[Carry, Rows, Array], Carry], rows: Rows, x: Latent, inputs: Any, count: int | None = None
+) -> Iterator[tuple[Latent, Latent]]:
+    """`stream` for a compiled step: `run` takes (carry, row, index i32[]). inputs: what is bound in it."""
+    rows = jax.tree.map(jnp.asarray, rows)
+    carry = _bound_like(first_carry(x), inputs)
+    for index in range(rows.scale.shape[0] if count is None else count):
+        carry = run(carry, jax.tree.map(partial(_at, index), rows), jnp.int32(index))
         yield carry.x, carry.x0_hat
 
 
-def each_row(rows: Rows, count: int | None = None) -> Iterator[tuple[Rows, Array]]:
-    """The first `count` rows, or all, each with its index i32[]."""
-    rows = jax.tree.map(jnp.asarray, rows)
-    for index in range(rows.scale.shape[0] if count is None else count):
-        yield jax.tree.map(partial(_at, index), rows), jnp.int32(index)
-
-
-def bound_like(carry: Any, inputs: Any) -> Any:
+def _bound_like(carry: Any, inputs: Any) -> Any:
     """The first carry bound to the devices that the inputs are bound to, as every later one comes out of the step.
 
     For jit an array that is bound to its device is another kind of argument than one that is not: without this the
