@@ -34,20 +34,26 @@ class Manifest(AbstractContextManager["Manifest"]):
         self.share = share
         self.own = out / f"manifest{share.tag}.jsonl"
         self.entries: dict[int, tuple[str, int]] = {}
-        whole = 0
         for path in out.glob("manifest*.jsonl"):
+            whole = 0
             with open(path, "rb") as file:
                 for text in file:
                     try:
                         entry = json.loads(text)
-                        self.entries[entry["picture"]] = entry["file"], entry.get("end", 0)
+                        picture, where = entry["picture"], (entry["file"], entry.get("end", 0))
                     except (ValueError, TypeError, KeyError):
                         break
                     if not text.endswith(b"\n"):
                         break
-                    whole += len(text) if path == self.own else 0
+                    self.entries[picture] = where
+                    whole += len(text)
+            if self._is_ours(path):
+                os.truncate(path, whole)
         self.file = open(self.own, "ab")  # noqa: SIM115
-        self.file.truncate(whole)
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether this process looks after a file: its own, or one of a process that is no longer there."""
+        return number_of(path.stem) % self.share.processes == self.share.process
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -59,7 +65,7 @@ class Manifest(AbstractContextManager["Manifest"]):
             return
         self.file.close()
         for path in self.own.parent.glob("manifest*.jsonl"):
-            if number_of(path.stem) % self.share.processes != self.share.process:
+            if not self._is_ours(path):
                 continue
             with new_file(path, force=True) as temporary, open(path, "rb") as old, open(temporary, "wb") as new:
                 new.writelines(text for text in old if json.loads(text)["picture"] not in gone)

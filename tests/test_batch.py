@@ -24,6 +24,7 @@ from PIL import Image
 
 from sdjax import batch, cli, job_file, outputs
 from sdjax.checkpoint import save
+from sdjax.hosts import Share
 from sdjax.models.params import random_params
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import read_recipe
@@ -387,6 +388,21 @@ def test_a_job_that_is_killed_ten_times_makes_every_picture_exactly_once(tmp_pat
     assert "failed=0" in output
     assert 0 < int(output.split("before=")[1].split(",")[0]) < count, "the kills struck in the middle"
     check_whole(tmp_path / "out", count)
+
+
+@pytest.mark.parametrize("left", [b'{"picture": 2, "fi', b'{"picture": 2, "file": "c.png"}'])
+def test_half_a_line_is_cut_off_in_every_manifest_that_a_process_looks_after(tmp_path, left):
+    """Of two processes the first has the manifests 0 and 2, and leaves the second's alone."""
+    lines = [json.dumps({"picture": i, "file": name}).encode() + b"\n" for i, name in enumerate(["a.png", "b.png"])]
+    names = ["manifest.jsonl", "manifest-0001.jsonl", "manifest-0002.jsonl"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"".join(lines) + left)
+    with outputs.Manifest(tmp_path, Share(0, 2)) as found:
+        assert found.entries == {0: ("a.png", 0), 1: ("b.png", 0)}
+        found.keep(lambda file, _: file == "b.png")
+        assert found.entries == {1: ("b.png", 0)}
+    contents = [(tmp_path / name).read_bytes() for name in names]
+    assert contents == [lines[1], b"".join(lines) + left, lines[1]]
 
 
 @pytest.mark.parametrize(("processes", "kind"), [(2, "files"), (4, "shards")])
