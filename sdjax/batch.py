@@ -32,28 +32,20 @@ from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
 from sdjax.checkpoint import new_file
 from sdjax.hosts import ALONE, Share
-from sdjax.job_file import Job, Rejected, read_lines, to_json
+from sdjax.job_file import Job, Rejected, from_json, read_lines, to_json
 from sdjax.outputs import Files, Manifest, Shards, append
 from sdjax.pipeline import Pipeline
-from sdjax.recipe import Recipe, encoded, file_hash
-from sdjax.request import BATCH, Request, filled_in
+from sdjax.recipe import Recipe, encoded, file_hash, recipe_of
+from sdjax.request import BATCH, Request
 
 LATE = 60.0
 """Seconds by which processes of one job may start apart."""
 
 ENCODING = 64
 """Pictures that may wait to be encoded and written."""
-
-IN_RECIPE = tuple(
-    field.name
-    for field in dataclasses.fields(Request)
-    if field.name not in ("width", "height", "image", "mask", "strength", "id")
-)
-"""Fields of a request that stand in a recipe as they are."""
 
 
 class Summary(NamedTuple):
@@ -117,6 +109,12 @@ def prepare(
     return rejected
 
 
+def first_request(out: Path) -> Request:
+    """The first request of OUT/jobs.jsonl (`prepare`)."""
+    with open(out / "jobs.jsonl", encoding="utf-8") as file:
+        return from_json(file.readline()).request
+
+
 @contextmanager
 def at_work(out: Path, share: Share = ALONE) -> Iterator[None]:
     """Holds a share of a folder's job for this process alone, and clears away what a kill left if no other process is
@@ -137,8 +135,12 @@ def at_work(out: Path, share: Share = ALONE) -> Iterator[None]:
                 left.unlink()
         fcntl.flock(common, fcntl.LOCK_SH)
         start = time.time()
-        yield
-        if share.process == 0:  # the others hold to this process
+        try:
+            yield
+        finally:
+            if share.process:
+                jax.distributed.shutdown()  # while process 0 is there for certain: it waits for this lock
+        if share.process == 0:
             for other in range(1, share.processes):
                 _wait_for(out / f".lock{Share(other, share.processes).tag}", start)
 
@@ -221,10 +223,11 @@ def run(
                 progress(before + made, total)
 
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
-        hashed = lru_cache(maxsize=256)(file_hash)
+        hashed = lru_cache(maxsize=256)(lambda path: None if path is None else (str(path), file_hash(path)))
         try:
             for request, picture in pipe.batch(requests(), batch=batch, on_error=fail):
-                recipe = _recipe(pipe, request, picture, model, dtype, hashed)
+                files = dict(image=hashed(request.image), mask=hashed(request.mask))
+                recipe = recipe_of(request, pipe.config.sampling, picture, model=model, dtype=dtype, **files)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))
                 while encoding and (encoding[0][2].done() or len(encoding) > ENCODING):
                     write(*encoding.popleft())
@@ -237,27 +240,9 @@ def run(
     return Summary(made, before, failed)
 
 
-def _recipe(
-    pipe: Pipeline, request: Request, picture: Image.Image, model: str, dtype: str, hashed: Callable[[str], str]
-) -> Recipe:
-    full = filled_in(request, pipe.config.sampling)
-    image, mask = (None if path is None else (str(path), hashed(str(path))) for path in (request.image, request.mask))
-    return Recipe(
-        task="txt2img" if image is None else "img2img" if mask is None else "inpaint",
-        model=model,
-        width=picture.width,
-        height=picture.height,
-        dtype=dtype,
-        image=image,
-        mask=mask,
-        **{name: getattr(full, name) for name in IN_RECIPE},
-        strength=None if image is None else full.strength,
-    )
-
-
-def described(pipe: Pipeline, out: Path, batch: int) -> str:
+def described(pipe: Pipeline, out: Path, batch: int, share: Share = ALONE) -> str:
     """What `run` would do, as lines to print: pictures, batches and programs by shape, estimated memory."""
-    with Job(out / "jobs.jsonl", pipe.config.sampling) as job, Manifest(out) as manifest:
+    with Job(out / "jobs.jsonl", pipe.config.sampling) as job, Manifest(out, share) as manifest:
         lines = [f"{len(job.offsets)} requests, {job.pictures} pictures, {len(manifest.entries)} of them made"]
     own, shares = pipe.config.image_size, pipe.placement.shares
     at_once, each = batch * shares, " on each device" if shares * pipe.placement.model > 1 else ""

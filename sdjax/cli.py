@@ -13,16 +13,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sdjax.config import ModelConfig
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
-from sdjax.request import NOISES, STRENGTH, parse_size
+from sdjax.request import BATCH, NOISES, STRENGTH, Request, check_settings, parse_size
 from sdjax.train import command as train_command
 
 TASKS = ("txt2img", "img2img", "inpaint")
@@ -46,9 +47,6 @@ DEFAULTS: dict[str, Any] = {
     "image": None,
     "mask": None,
 }
-FROM_MODEL = ("steps", "guidance", "sampler", "spacing")
-"""Settings whose defaults come with the model."""
-
 STRENGTHS = {"img2img": STRENGTH, "inpaint": 1.0}
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -221,7 +219,6 @@ def batch(options: argparse.Namespace) -> int:
     """A job file in, pictures out; exit status 1 if some could not be made."""
     from sdjax import batch as jobs
     from sdjax.hosts import ALONE, join
-    from sdjax.request import check_settings
 
     check_settings(batch=options.batch)
     defaults = {name: getattr(options, name) for name in LINE_DEFAULTS if getattr(options, name) is not None}
@@ -243,9 +240,11 @@ def batch(options: argparse.Namespace) -> int:
         for line in rejected:
             console.print(f"sdjax: note: line {line.number} left out: {line.reason}", markup=False)
         with _progress(options.model) as (on_convert, _):
-            pipe = _load(options, on_convert, placement=_placement(options))
+            placement = _placement(options)
+            like = None if options.dry_run else jobs.first_request(out)
+            pipe = _load(options, on_convert, placement=placement, like=like, batch=options.batch, loop=True)
         if options.dry_run:
-            print(jobs.described(pipe, out, options.batch), end="")
+            print(jobs.described(pipe, out, options.batch, share), end="")
             return 0
         columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
@@ -272,8 +271,7 @@ def batch(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
-    from sdjax.recipe import FORMATS, Recipe, file_hash, save_picture
-    from sdjax.request import BATCH, check_settings
+    from sdjax.recipe import FORMATS, file_hash, recipe_of, save_picture
 
     settings = _settings(options)
     given = settings.pop("size")
@@ -294,41 +292,32 @@ def generate(options: argparse.Namespace) -> int:
     for name in {"txt2img": (), "img2img": ("image",), "inpaint": ("image", "mask")}[task]:
         hashes[name] = _checked_file(name, inputs[name], file_hash)
 
-    check_settings(**{k: v for k, v in settings.items() if k not in FROM_MODEL or v is not None}, count=count)
+    check_settings(**{name: value for name, value in settings.items() if value is not None}, count=count)
+    shape: dict[str, Any] = {} if size is None else {"width": size[0], "height": size[1]}
+    image, mask = (None if hashes[name] is None else hashes[name][0] for name in ("image", "mask"))
+    if task == "txt2img":
+        settings.pop("strength")
     with _progress(model) as (on_convert, on_step):
-        pipe = _load(options, on_convert, model=model, dtype=dtype, placement=_placement(options, count))
-        for name in FROM_MODEL:
-            settings[name] = getattr(pipe.config.sampling, name) if settings[name] is None else settings[name]
+        placement = _placement(options, count)
+        like = Request(prompt, **settings, **shape, image=image, mask=mask)
+        named = dict(model=model, dtype=dtype, placement=placement)
+        pipe = _load(options, on_convert, like=like, batch=min(BATCH, -(-count // placement.shares)), **named)
         if not output.suffix:
             output.mkdir(parents=True, exist_ok=True)
         call = {
             "txt2img": lambda **k: pipe.text_to_image(prompt, **k),
-            "img2img": lambda **k: pipe.image_to_image(prompt, hashes["image"][0], **k),
-            "inpaint": lambda **k: pipe.inpaint(prompt, hashes["image"][0], hashes["mask"][0], **k),
+            "img2img": lambda **k: pipe.image_to_image(prompt, image, **k),
+            "inpaint": lambda **k: pipe.inpaint(prompt, image, mask, **k),
         }[task]
-        shape = {} if size is None else {"width": size[0], "height": size[1]}
-        if task == "txt2img":
-            settings.pop("strength")
         first = settings.pop("seed")
-        at_once = BATCH * pipe.placement.shares
+        at_once = BATCH * placement.shares
         for start in range(0, count, at_once):
             part = min(at_once, count - start)
             step = on_step(f"{start + 1}-{start + part} of {count}" if count > 1 else "sampling")
             pictures = call(**settings, **shape, seed=first + start, count=part, progress=step)
-            for offset, picture in enumerate(pictures):
-                seed = first + start + offset
-                recipe = Recipe(
-                    task=task,
-                    prompt=prompt,
-                    model=model,
-                    dtype=dtype,
-                    seed=seed,
-                    width=picture.width,
-                    height=picture.height,
-                    strength=settings.get("strength"),
-                    **hashes,
-                    **{name: value for name, value in settings.items() if name != "strength"},
-                )
+            for seed, picture in enumerate(pictures, first + start):
+                request = Request(prompt, seed=seed, **settings)
+                recipe = recipe_of(request, pipe.config.sampling, picture, model=model, dtype=dtype, **hashes)
                 path = _picture_path(output, prompt, seed, count)
                 save_picture(path, picture, recipe)
                 print(path)
@@ -374,12 +363,36 @@ def _picture_path(output: Path, prompt: str, seed: int, count: int) -> Path:
     return output / f"{slug}-{seed}.png"
 
 
-def _load(options: argparse.Namespace, on_convert: Callable[[int, int], None], **given: Any) -> Any:
-    """The model that was asked for; given: what does not come from the options as they are."""
-    from sdjax.load import load
+def _load(
+    options: argparse.Namespace,
+    on_convert: Callable[[int, int], None],
+    *,
+    like: Request | None = None,
+    batch: int = 1,
+    loop: bool = False,
+    **given: Any,
+) -> Any:
+    """The model that was asked for. given: what does not come from the options as they are.
 
-    named = {"model": options.model, "dtype": options.dtype} | given
-    return load(named.pop("model") or None, progress=on_convert, **named)
+    like: a request to come; while the parameters are read, its programs are compiled for `batch` at a time on each
+    device, and for the whole loop or for single steps.
+    """
+    from sdjax.compilation import meanwhile, programs_for
+    from sdjax.load import load
+    from sdjax.sharding import HERE
+
+    named = {"model": options.model, "dtype": options.dtype, "placement": HERE} | given
+    with meanwhile() as start:
+
+        def on_config(config: ModelConfig) -> None:
+            if like is None or named["placement"].parallel == "pmap":
+                return
+            with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
+                programs = programs_for(like, config, batch, dtype=named["dtype"], placement=named["placement"])
+                del programs["paint_row" if loop else "paint"]
+                start(programs.values())
+
+        return load(named.pop("model") or None, progress=on_convert, on_config=on_config, **named)
 
 
 def _placement(options: argparse.Namespace, pictures: int | None = None) -> Any:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from sdjax import functions
+from sdjax.checkpoint import dtype_of
+from sdjax.config import ModelConfig
+from sdjax.diffusion.sample import image_keys
+from sdjax.diffusion.samplers import first_carry
+from sdjax.image import load_image
+from sdjax.models.params import PARTS, abstract_params
 from sdjax.pipeline import Pipeline
+from sdjax.request import Request, plan, size_of, stacked
+from sdjax.sharding import HERE, Placement
+from sdjax.types import Params
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event for a program that was compiled, or read from the cache."""
@@ -27,22 +41,99 @@ def keep_programs(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
+Lower = Callable[[], jax.stages.Lowered]
+"""Traces a program, for arguments that are fixed."""
+
+
+def programs_for(
+    request: Request, config: ModelConfig, batch: int, *, dtype: str = "float32", placement: Placement = HERE
+) -> dict[str, Lower]:
+    """The programs that make pictures of a request's shape, by name; each is traced when it is called. paint is the
+    whole loop, paint_row one step of it, for progress.
+
+    batch: pictures at once on each device. All is worked out from shapes: there need be no parameters, and the devices
+    of `placement` may be described ones (`jax.experimental.topologies`).
+
+    Raises:
+        ValueError, FileNotFoundError: as `Pipeline.batch`.
+    """
+    width, height = size_of(request, config, None if request.image is None else load_image(request.image).size)
+    total, cell = batch * placement.shares, config.vae.downscale
+
+    def of_part(part: str) -> Params:
+        to, shapes = dtype_of(part, dtype), abstract_params(config)[part]
+        return jax.tree.map(lambda leaf: _struct(leaf.shape, to, placement.sharding(leaf)), shapes)
+
+    def bound(tree: Any) -> Any:
+        """What was computed with the parameters stays on their device."""
+        if placement.devices is not None:
+            return tree  # the programs say themselves where their arguments lie
+        return jax.tree.map(lambda leaf: _struct(leaf.shape, leaf.dtype, placement.sharding(leaf)), tree)
+
+    params, of_model = {part: of_part(part) for part in PARTS}, functions.programs(config, placement)
+    ids = _struct((2, total, config.clip.length), jnp.int32)
+    condition = partial(functions.condition, config=config, skip=request.clip_skip)
+    kv = bound(jax.eval_shape(condition, params["text"], params["unet"], ids))
+    rows, counts = stacked([plan(request, config)] * total)
+    timed = bound(jax.eval_shape(partial(functions.time_tables, config=config), params["unet"], rows))
+    row = jax.tree.map(lambda leaf: _struct(leaf.shape[1:], leaf.dtype, leaf.sharding), timed)
+    keys = jax.eval_shape(lambda: image_keys(range(total)))
+    noise = _struct((total, height // cell, width // cell, config.vae.latent_channels))
+    x = noise if request.image is None else bound(noise)  # like the encoded picture
+    mask = _struct((*x.shape[:3], 1))
+    extra = config.unet.in_channels - config.unet.out_channels
+    concat = _struct((*x.shape[:3], extra))
+    inputs = functions.Batch(kv, x, mask, bound(concat) if extra else concat)
+    each, yes = _struct((total,)), _struct((total,), bool)
+    carry, index = bound(jax.eval_shape(first_carry, x)), _struct((), jnp.int32)
+    return {
+        "condition": partial(of_model.condition(request.clip_skip).lower, params["text"], params["unet"], ids),
+        "time_rows": partial(of_model.time_rows.lower, params["unet"], rows),
+        "begin": partial(of_model.begin.lower, keys, noise, yes, each, x, mask, yes),
+        "paint": partial(of_model.paint.lower, params["unet"], inputs, timed, counts, x, keys),
+        "paint_row": partial(of_model.paint_row.lower, params["unet"], inputs, keys, carry, row, index),
+        "develop": partial(of_model.develop.lower, params["vae"], bound(x)),
+    }
+
+
+def _struct(shape: tuple[int, ...], dtype: Any = np.float32, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+@contextmanager
+def meanwhile() -> Iterator[Callable[[Iterable[Lower]], None]]:
+    """Compiles programs at the side, all at once, while the inside does something else; at the end waits for them.
+
+    A call of the program then finds it compiled. What cannot be compiled says so there.
+    """
+    with ThreadPoolExecutor() as pool:
+
+        def start(programs: Iterable[Lower]) -> None:
+            for lower in programs:
+                pool.submit(lambda lower: lower().compile(), lower)
+
+        yield start
+
+
 def warm_up(pipe: Pipeline, width: int, height: int, batch: int) -> dict[str, float]:
     """Compiles, or reads from the cache, all that pictures of a size need, `batch` at a time on each device; seconds by
     program.
 
     For the whole loop (`Pipeline.batch`, and calls without progress) and for single steps (calls with progress).
     """
-    count = batch * pipe.placement.shares
+    count, dtype = batch * pipe.placement.shares, jax.tree.leaves(pipe.params["unet"])[0].dtype.name
     settings: dict[str, Any] = dict(width=width, height=height, steps=1, count=count, batch=batch)
-    with _compilations() as seconds:
+    with compilations() as seconds:
+        with meanwhile() as start:
+            request = Request("", width=width, height=height)
+            start(programs_for(request, pipe.config, batch, dtype=dtype, placement=pipe.placement).values())
         pipe.text_to_image("", **settings)
         pipe.text_to_image("", progress=lambda *_: None, **settings)
     return seconds
 
 
 @contextmanager
-def _compilations() -> Iterator[dict[str, float]]:
+def compilations() -> Iterator[dict[str, float]]:
     """Seconds of every program that is compiled inside, by its name; of several with one name, the sum."""
     found: dict[str, float] = {}
     listening = True

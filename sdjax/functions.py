@@ -27,7 +27,7 @@ from sdjax.diffusion.schedule import per_image
 from sdjax.models.clip import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
-from sdjax.sharding import Placement, spread
+from sdjax.sharding import Placement, Program, spread
 from sdjax.types import Array, Denoiser, Latent, Level, Params
 
 
@@ -193,12 +193,12 @@ def develop(vae: Params, latents: Latent, *, config: ModelConfig) -> tuple[Array
 class Programs(NamedTuple):
     """The functions above by name, compiled for one model and placement; parameters are still arguments."""
 
-    condition: Callable[[int | None], Callable[..., Any]]  # of clip_skip
-    time_rows: Callable[..., Any]
-    begin: Callable[..., Any]
-    paint: Callable[..., Any]
-    paint_row: Callable[..., Any]
-    develop: Callable[..., Any]
+    condition: Callable[[int | None], Program]  # of clip_skip
+    time_rows: Program
+    begin: Program
+    paint: Program
+    paint_row: Program
+    develop: Program
 
 
 @lru_cache(maxsize=64)
@@ -207,7 +207,7 @@ def programs(config: ModelConfig, placement: Placement) -> Programs:
     batch = Batch(kv=1, known=0, mask=0, concat=0)
 
     @lru_cache
-    def conditions(skip: int | None) -> Callable[..., Any]:
+    def conditions(skip: int | None) -> Program:
         return spread(partial(condition, config=config, skip=skip), (None, None, 1), 1, placement)
 
     return Programs(

@@ -23,7 +23,7 @@ from sdjax.config import ModelConfig
 from sdjax.diffusion.sample import image_keys, row_by_row
 from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.functions import Batch, encode_images, inpainting_channels, programs
-from sdjax.request import BATCH, SAMPLING, Plan, Request, check_settings, filled_in, plan, stacked
+from sdjax.request import BATCH, SAMPLING, Plan, Request, check_settings, filled_in, plan, size_of, stacked
 from sdjax.sharding import HERE, Placement, over
 from sdjax.tokenizer import Tokenizer
 from sdjax.types import Array, Latent, Params
@@ -291,18 +291,11 @@ class Pipeline:
         if request.image is None:
             if request.mask is not None:
                 raise ValueError("a mask needs the image that it belongs to")
-            side = config.image_size
-            asked: tuple[int, int] | None = (
-                side if request.width is None else request.width,
-                side if request.height is None else request.height,
-            )
-            size = images.working_size((side, side), asked=asked, multiple=config.vae.downscale)
+            size = size_of(request, config, None)
         else:
             original = images.load_image(request.image)
-            if (request.width is None) != (request.height is None):
-                raise ValueError("give both width and height, or neither")
-            asked = None if request.width is None or request.height is None else (request.width, request.height)
-            size = images.working_size(original.size, asked=asked, multiple=config.vae.downscale)
+            size = size_of(request, config, original.size)
+        asked = request.width is not None
         height, width = size[1] // config.vae.downscale, size[0] // config.vae.downscale
         known = jnp.zeros((1, height, width, config.vae.latent_channels))
         mask, concat = jnp.ones((1, height, width, 1)), jnp.zeros((1, height, width, 0))

@@ -19,6 +19,8 @@ from PIL import Image, PngImagePlugin
 
 import sdjax
 from sdjax.checkpoint import new_file
+from sdjax.config import SamplingConfig
+from sdjax.request import SAMPLING, Request, filled_in
 
 KEY = "sdjax"
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -112,6 +114,34 @@ class Recipe:
         settings["Version"] = f"sdjax {self.version}"
         lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
         return "\n".join(lines)
+
+
+IN_REQUEST = ("prompt", "negative_prompt", "seed", "noise", "clip_skip", *(set(SAMPLING) - {"strength"}))
+
+
+def recipe_of(
+    request: Request,
+    own: SamplingConfig,
+    picture: Image.Image,
+    *,
+    model: str,
+    dtype: str,
+    image: tuple[str, str] | None = None,
+    mask: tuple[str, str] | None = None,
+) -> Recipe:
+    """The recipe of a request's picture. own: the model's defaults; image, mask: path and sha256 of what was given."""
+    full = filled_in(request, own)
+    return Recipe(
+        task="txt2img" if image is None else "img2img" if mask is None else "inpaint",
+        model=model,
+        width=picture.width,
+        height=picture.height,
+        dtype=dtype,
+        image=image,
+        mask=mask,
+        strength=None if image is None else full.strength,
+        **{name: getattr(full, name) for name in IN_REQUEST},
+    )
 
 
 def file_hash(path: str | Path) -> str:

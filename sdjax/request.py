@@ -19,7 +19,7 @@ import numpy as np
 from sdjax.config import ModelConfig, SamplingConfig, ScheduleConfig
 from sdjax.diffusion.samplers import SAMPLERS, Rows, ddim
 from sdjax.diffusion.schedule import SPACINGS, noise_schedule, start_step
-from sdjax.image import ImageLike
+from sdjax.image import ImageLike, working_size
 from sdjax.types import Array, Guidance
 
 NOISES = ("jax", "torch")
@@ -89,6 +89,25 @@ def filled_in(request: Request, own: SamplingConfig) -> Request:
     if request.strength is None:
         settings["strength"] = STRENGTH if request.image is not None and request.mask is None else 1.0
     return dataclasses.replace(request, **settings)
+
+
+def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None) -> tuple[int, int]:
+    """The (width, height) to work at: what was asked for, else near those of the picture that was given, else the
+    model's own.
+
+    Raises:
+        ValueError: not a multiple of the latent cell, or one side of a picture's alone.
+    """
+    sides = request.width, request.height
+    multiple = config.vae.downscale
+    if given is None:
+        width, height = (config.image_size if side is None else side for side in sides)
+        return working_size((width, height), asked=(width, height), multiple=multiple)
+    if sides == (None, None):
+        return working_size(given, multiple=multiple)
+    if request.width is None or request.height is None:
+        raise ValueError("give both width and height, or neither")
+    return working_size(given, asked=(request.width, request.height), multiple=multiple)
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +88,16 @@ def over(devices: Sequence[jax.Device], **options: Any) -> Placement:
     return Placement(None if list(devices) == jax.local_devices()[:1] else tuple(devices), **options)
 
 
-def spread(
-    function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any, placement: Placement
-) -> Callable[..., Any]:
+class Program(Protocol):
+    """A compiled function, as `jax.jit` makes them."""
+
+    def __call__(self, *arguments: Any) -> Any: ...
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """For arguments of which shapes are enough (`jax.ShapeDtypeStruct`); nothing is computed."""
+
+
+def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any, placement: Placement) -> Program:
     """`function` compiled for a placement, its pictures split over the devices.
 
     in_axes, out_axes: for each argument the axis along which pictures lie, None where all share it, or a tree of these
@@ -126,9 +133,20 @@ def spread(
             for argument, axes, spec in zip(arguments, in_axes, specs, strict=True)
         ]
 
-    call.program = program  # type: ignore[attr-defined]
-    call.lower = lambda *arguments: program.lower(*place(*arguments))  # type: ignore[attr-defined]
-    return call
+    def lower(*arguments: Any) -> Any:
+        """As `jax.jit`'s: nothing is moved, and batches may be shapes alone."""
+        shapes = [
+            argument if axes is None else jax.tree.map(_shape, argument, _shardings(mesh, spec, argument))
+            for argument, axes, spec in zip(arguments, in_axes, specs, strict=True)
+        ]
+        return program.lower(*shapes)
+
+    call.program, call.lower = program, lower  # type: ignore[attr-defined]
+    return cast(Program, call)
+
+
+def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _is_axis(node: Any) -> bool:
@@ -194,9 +212,7 @@ def _one_by_one(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes
     return call
 
 
-def _pmapped(
-    function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any, placement: Placement
-) -> Callable[..., Any]:
+def _pmapped(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any, placement: Placement) -> Program:
     """The same function by `jax.pmap`: pictures as [devices, pictures of each] while it runs."""
     shares = placement.shares
     program = jax.pmap(function, in_axes=in_axes, out_axes=out_axes, devices=placement.devices)
@@ -210,5 +226,8 @@ def _pmapped(
         result = program(*_along(split, in_axes, arguments))
         return _along(lambda leaf, axis: jax.lax.collapse(leaf, axis, axis + 2), out_axes, result)
 
-    call.lower = lambda *arguments: program.lower(*_along(split, in_axes, arguments))  # type: ignore[attr-defined]
-    return call
+    def lower(*arguments: Any) -> Any:
+        return program.lower(*jax.eval_shape(lambda *leaves: _along(split, in_axes, leaves), *arguments))
+
+    call.lower = lower  # type: ignore[attr-defined]
+    return cast(Program, call)

@@ -1,15 +1,22 @@
 """Compiled programs are kept between processes, and made ahead of time."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from PIL import Image
 
 from sdjax import checkpoint
+from sdjax.compilation import compilations, meanwhile, programs_for
+from sdjax.functions import programs
 from sdjax.models.params import random_params
-from tests.small import SMALL
+from sdjax.request import Request
+from sdjax.sharding import HERE, Placement
+from tests.small import MINI, SMALL, mini
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +52,24 @@ def test_the_cache_can_be_left_out(model, tmp_path):
     settings = ["--model", model, "--size", "16x16", "--steps", "1", "-o", str(tmp_path / "cat.png")]
     command(tmp_path / "cache", "txt2img", "a cat", *settings, "--no-compile-cache")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("placement", [HERE, Placement(tuple(jax.local_devices()[:2]))], ids=["one", "two devices"])
+@pytest.mark.parametrize("asked", [dict(width=16, height=24, clip_skip=0), dict(image="photo", steps=66)])
+def test_what_is_compiled_ahead_is_what_runs(placement, asked, tmp_path):
+    if "image" in asked:
+        Image.new("RGB", (24, 16)).save(tmp_path / "photo.png")
+        asked = asked | dict(image=tmp_path / "photo.png")
+    params = jax.device_put(mini().params, jax.tree.map(placement.sharding, mini().params))  # as `load` does
+    pipe = dataclasses.replace(mini(), params=params, placement=placement)
+    request = Request("a cat", **asked)
+    programs.cache_clear()
+    with compilations() as ahead, meanwhile() as start:
+        start(programs_for(request, MINI, 2, placement=placement).values())
+    names = {"condition", "time_tables", "begin", "paint", "paint_row", "develop"}
+    assert names <= set(ahead)
+    with compilations() as then:
+        assert len(list(pipe.batch([request, dataclasses.replace(request, seed=1)], batch=2))) == 2
+        shown = pipe.image_to_image if "image" in asked else pipe.text_to_image
+        shown("a cat", count=2 * placement.shares, progress=lambda *_: None, **asked)
+    assert not names & set(then)
