@@ -54,8 +54,11 @@ def test_the_cache_can_be_left_out(model, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("placement", [HERE, Placement(tuple(jax.local_devices()[:2]))], ids=["one", "two devices"])
-@pytest.mark.parametrize("asked", [dict(width=16, height=24, clip_skip=0), dict(image="photo", steps=66)])
+TWO = Placement(tuple(jax.local_devices()[:2]))
+SIZE = dict(width=16, height=24, clip_skip=0)
+
+
+@pytest.mark.parametrize(("placement", "asked"), [(HERE, SIZE), (HERE, dict(image="photo", steps=66)), (TWO, SIZE)])
 def test_what_is_compiled_ahead_is_what_runs(placement, asked, tmp_path):
     if "image" in asked:
         Image.new("RGB", (24, 16)).save(tmp_path / "photo.png")
