@@ -35,13 +35,13 @@ import numpy as np
 
 import sdjax
 from sdjax import batch as jobs
-from sdjax.compilation import COMPILED
+from sdjax.compilation import compilations
 from sdjax.diffusion.sample import image_keys, initial_noise, sample
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.functions import Inputs, MakeDenoiser, encode_text, generate_latents, text_kv, time_tables
 from sdjax.pipeline import Pipeline
-from sdjax.recipe import Recipe, save_picture
+from sdjax.recipe import recipe_of, save_picture
 from sdjax.request import BATCH, Request, plan, stacked
 
 
@@ -58,30 +58,27 @@ def in_turns(rounds: int, *calls: Callable[[], Any]) -> list[float]:
 
 
 def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
-    compiled: list[str] = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    first = seconds(lambda: pipe.text_to_image("a first picture", steps=2, count=2))
-    before, draw = len(compiled), random.Random(0)
-    start = time.perf_counter()
-    for _ in range(50):
-        pipe.text_to_image(
-            f"picture {draw.random()}",
-            draw.choice(["", "grey"]),
-            count=2,
-            seed=draw.randrange(2**32 - 2),
-            steps=draw.randint(1, 12),
-            sampler=draw.choice(list(SAMPLERS)),
-            spacing=draw.choice(SPACINGS),
-            guidance=draw.choice([1.0, draw.uniform(0, 12)]),
-        )
+    with compilations() as first:
+        seconds_of_first = seconds(lambda: pipe.text_to_image("a first picture", steps=2, count=2))
+    draw, start = random.Random(0), time.perf_counter()
+    with compilations() as later:
+        for _ in range(50):
+            pipe.text_to_image(
+                f"picture {draw.random()}",
+                draw.choice(["", "grey"]),
+                count=2,
+                seed=draw.randrange(2**32 - 2),
+                steps=draw.randint(1, 12),
+                sampler=draw.choice(list(SAMPLERS)),
+                spacing=draw.choice(SPACINGS),
+                guidance=draw.choice([1.0, draw.uniform(0, 12)]),
+            )
     took = time.perf_counter() - start
-    after = len(compiled) - before
-    print(f"recompiles: {before} programs in the first {first:.1f} s; then {after} in 50 settings ({took:.1f} s)")
+    print(
+        f"recompiles: {len(first)} programs in the first {seconds_of_first:.1f} s; then {len(later)} in 50 settings "
+        f"({took:.1f} s)",
+        flush=True,
+    )
 
 
 def loop(pipe: Pipeline, options: argparse.Namespace) -> None:
@@ -141,10 +138,9 @@ def job(pipe: Pipeline, options: argparse.Namespace) -> None:
     def plain() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for seed in range(count):
-                picture = pipe.text_to_image("red heart", seed=seed, steps=options.steps)[0]
-                settings = dict(steps=options.steps, guidance=4.0, sampler="dpmpp_2m", spacing="karras")
-                size = dict(width=picture.width, height=picture.height)
-                recipe = Recipe(task="txt2img", model="", prompt="red heart", seed=seed, dtype="", **size, **settings)
+                request = Request("red heart", seed=seed, steps=options.steps)
+                picture = pipe.text_to_image(request.prompt, seed=seed, steps=options.steps)[0]
+                recipe = recipe_of(request, pipe.config.sampling, picture, model="", dtype="")
                 save_picture(Path(folder) / f"{seed}.png", picture, recipe)
 
     def whole() -> None:

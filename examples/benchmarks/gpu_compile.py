@@ -3,9 +3,9 @@
     pip install . jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm    (the plugins in jax's own version)
     JAX_PLATFORMS=cpu python examples/benchmarks/gpu_compile.py [--batch 1 8 32]
 
-The program is `generate_latents`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, one scan over the steps. XLA's
-own GPU compiler optimises it for the device described in h200_target.txtpb. Printed are compile time and the bytes of
-arguments and temporaries; the exit status is 1 if the optimised program still has
+The program is the loop of `Pipeline.batch`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, one scan over the
+steps. XLA's own GPU compiler optimises it for the device described in h200_target.txtpb. Printed are compile time and
+the bytes of arguments and temporaries; the exit status is 1 if the optimised program still has
 
 - a full score matrix: an array with all queries and all keys of one attention, above 128 x 128;
 - a convolution that reads or writes anything but bfloat16;
@@ -31,21 +31,17 @@ from typing import Any
 
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as fused_attention
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
+from sdjax.compilation import programs_for
 from sdjax.config import SD15
-from sdjax.diffusion.sample import image_keys
-from sdjax.functions import Inputs, generate_latents, text_kv, time_tables
 from sdjax.models.layers import use_attention
-from sdjax.models.params import abstract_params
-from sdjax.request import Request, plan, stacked
+from sdjax.request import Request
+from sdjax.sharding import Placement
 
 TARGET = Path(__file__).with_name("h200_target.txtpb")
 COMPUTE_CAPABILITY = 9.0  # as in TARGET
 CUDNN_VERSION = 91000
-STEPS = 4
 SMALL_SCORES = 128 * 128
 
 
@@ -57,26 +53,11 @@ def answer_for_target() -> None:
 
 
 def compile_loop(batch: int) -> Any:
-    """`generate_latents` for `batch` pictures, compiled for the target."""
+    """The sampling loop for `batch` pictures, compiled for the target."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
-    device = SingleDeviceSharding(topology.devices[0])
-
-    def on_target(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
-
-    unet = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract_params(SD15)["unet"])
-    rows, calls = stacked([plan(Request("", steps=STEPS), SD15)] * batch)
-    rows = jax.eval_shape(lambda unet: time_tables(unet, rows, config=SD15), unet)
-    context = jax.ShapeDtypeStruct((2 * batch, SD15.clip.length, SD15.unet.context_width), jnp.bfloat16)
-    kv = jax.eval_shape(lambda unet, context: text_kv(unet, context, config=SD15), unet, context)
-    side = SD15.image_size // SD15.vae.downscale
-    x = jax.ShapeDtypeStruct((batch, side, side, SD15.vae.latent_channels), jnp.float32)
-    mask, concat = (jax.ShapeDtypeStruct((*x.shape[:3], channels), jnp.float32) for channels in (1, 0))
-    inputs = Inputs(unet, kv, x, mask, concat)
-    keys = jax.eval_shape(lambda: image_keys(range(batch)))
+    placement = Placement(tuple(topology.devices))
     with use_attention("cudnn"):
-        lowered = generate_latents.lower(*on_target((inputs, rows, calls, x, keys)), config=SD15)
-    return lowered.compile()
+        return programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=placement)["paint"]().compile()
 
 
 def score_matrices(hlo: str) -> list[str]:
