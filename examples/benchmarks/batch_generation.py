@@ -8,7 +8,8 @@ Every line is the median over rounds that take turns. Measures (--only takes one
     loop         `generate_latents`, bounded at 64 rows, beside a scan of exactly as many rows as the picture needs
     exact        `pipe.on(exact=True)` beside the default
     devices      all devices beside one of them, as many pictures on each; simulated ones share the cores of one CPU
-    job          `sdjax batch` beside a loop over single pictures in the same process, files included
+    job          `sdjax batch` beside a loop over single pictures in the same process, files included; and beside
+                 `Pipeline.batch` without files, which tells how long the device is idle
     start        the first picture of a fresh process, with nothing kept and with programs kept, and one more picture
 
 FIGURES
@@ -103,7 +104,8 @@ def loop(pipe: Pipeline, options: argparse.Namespace) -> None:
     )
     print(
         f"loop: {bounded_seconds:.3f} s for {worked_out.calls} of {len(rows.scale)} rows, {static_seconds:.3f} s for a "
-        f"scan of {worked_out.calls}: ratio {bounded_seconds / static_seconds:.3f}"
+        f"scan of {worked_out.calls}: ratio {bounded_seconds / static_seconds:.3f}",
+        flush=True,
     )
 
 
@@ -115,7 +117,10 @@ def exact(pipe: Pipeline, options: argparse.Namespace) -> None:
         lambda: one_by_one.text_to_image("red heart", **settings) and None,
         lambda: pipe.text_to_image("red heart", **settings) and None,
     )
-    print(f"exact: {exact_seconds:.2f} s for {BATCH} pictures, {free:.2f} s freely: ratio {exact_seconds / free:.2f}")
+    print(
+        f"exact: {exact_seconds:.2f} s for {BATCH} pictures, {free:.2f} s freely: ratio {exact_seconds / free:.2f}",
+        flush=True,
+    )
 
 
 def devices(pipe: Pipeline, options: argparse.Namespace) -> None:
@@ -128,7 +133,8 @@ def devices(pipe: Pipeline, options: argparse.Namespace) -> None:
     )
     print(
         f"devices: {BATCH / one:.2f} pictures a second on one, {BATCH * len(there) / every:.2f} on {len(there)}: "
-        f"{one * len(there) / every:.2f} times as many"
+        f"{one * len(there) / every:.2f} times as many",
+        flush=True,
     )
 
 
@@ -151,10 +157,17 @@ def job(pipe: Pipeline, options: argparse.Namespace) -> None:
                 jobs.prepare(lines, ".jsonl", out, {}, {}, skip_bad=False)
                 jobs.run(pipe, out, model="", dtype="float32")
 
-    in_job, alone = in_turns(options.rounds, whole, plain)
+    def pictures_alone() -> None:
+        requests = [Request("red heart", seed=seed, steps=options.steps) for seed in range(count)]
+        for _ in pipe.batch(requests):
+            pass
+
+    in_job, alone, bare = in_turns(options.rounds, whole, plain, pictures_alone)
     print(
         f"job: {count / in_job:.2f} pictures a second by sdjax batch, {count / alone:.2f} one after another: "
-        f"{alone / in_job:.2f} times as many"
+        f"{alone / in_job:.2f} times as many; {count / bare:.2f} without recipes and files, so that the device waits "
+        f"{max(0.0, 1 - bare / in_job):.1%} of the time for them",
+        flush=True,
     )
 
 
