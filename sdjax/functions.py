@@ -59,6 +59,12 @@ class Batch(NamedTuple):
         return Inputs(unet, kv, self.known, self.mask, self.concat)
 
 
+@partial(jax.jit, static_argnames="config")
+def predict_noise(params: Params, x: Latent, time: Any, kv: Any, *, config: ModelConfig) -> Array:
+    """`UNet.predict`; a function of its own so that it is traced once wherever a program calls it. params: "unet"."""
+    return UNet(config.unet).apply({"params": params}, x, time, kv, method="predict")  # type: ignore
+
+
 @dataclass(frozen=True)
 class MakeDenoiser:
     """Inputs -> Denoiser; equal for equal fields, so that it can be static under jit."""
@@ -66,14 +72,15 @@ class MakeDenoiser:
     config: ModelConfig
 
     def __call__(self, inputs: Inputs) -> Denoiser:
-        unet = UNet(self.config.unet)
-
         def predict(kv: Any, x: Latent, level: Level) -> Any:
             x = jnp.concatenate([x, inputs.concat], axis=-1)
-            return unet.apply({"params": inputs.unet}, x, level.time, kv, method="predict")
+            return predict_noise(inputs.unet, x, level.time, kv, config=self.config)
 
-        positive = jax.tree.map(lambda leaf: leaf[leaf.shape[0] // 2 :], inputs.context_kv)
-        network = guided(partial(predict, inputs.context_kv), partial(predict, positive))
+        def one(index: Array | int, x: Latent, level: Level) -> Any:
+            halves = jax.tree.map(lambda leaf: leaf.reshape(2, -1, *leaf.shape[1:]), inputs.context_kv)
+            return predict(jax.tree.map(lambda leaf: leaf[index], halves), x, level)
+
+        network = guided(partial(predict, inputs.context_kv), one)
         return keep_known(to_denoiser(network, self.config.schedule.prediction), inputs.known, inputs.mask)
 
 

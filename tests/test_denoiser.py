@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
 from sdjax.types import Guidance, Level
@@ -17,8 +18,15 @@ def pair(x, level):
     return jnp.concatenate([NEGATIVE, EPS])
 
 
-def positive(x, level):
-    return EPS
+def one(index, x, level):
+    return jnp.where(index == 1, EPS, NEGATIVE)
+
+
+@pytest.fixture(params=["cpu", "default"], autouse=True)
+def platform(request, monkeypatch):
+    """Guidance as it is on CPUs, and as it is everywhere else."""
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, **ways: ways[request.param](*args))
+    return request.param
 
 
 def steered(scale, rescale=0.0, used=True):
@@ -66,7 +74,7 @@ def test_the_state_stays_float32_whatever_the_network_computes_in(prediction):
         for used in (True, False):
             both = guided(
                 lambda x, level, dtype=dtype: pair(x, level).astype(dtype),
-                lambda x, level, dtype=dtype: EPS.astype(dtype),
+                lambda *given, dtype=dtype: one(*given).astype(dtype),
             )(X0, steered(3, 0.5, used))
             assert both.dtype == jnp.float32
 
@@ -81,27 +89,27 @@ def test_levels_may_differ_from_picture_to_picture():
 
 def test_guidance_one_is_the_conditional_model_and_zero_the_negative_one():
     for guidance, expected in ((1.0, EPS), (0.0, NEGATIVE), (3.0, NEGATIVE + 3 * (EPS - NEGATIVE))):
-        np.testing.assert_allclose(guided(pair, positive)(X0, steered(guidance)), expected, atol=1e-5)
-    np.testing.assert_array_equal(guided(pair, positive)(X0, steered(1)), EPS)
+        np.testing.assert_allclose(guided(pair, one)(X0, steered(guidance)), expected, atol=1e-5)
+    np.testing.assert_array_equal(guided(pair, one)(X0, steered(1)), EPS)
 
 
 def test_guidance_may_differ_from_picture_to_picture():
-    found = guided(pair, positive)(X0, steered(jnp.array([1.0, 4.0])))
+    found = guided(pair, one)(X0, steered(jnp.array([1.0, 4.0])))
     np.testing.assert_allclose(found[0], EPS[0], atol=1e-6)
     np.testing.assert_allclose(found[1], (NEGATIVE + 4 * (EPS - NEGATIVE))[1], atol=1e-5)
 
 
 def test_full_rescale_has_the_spread_of_the_conditional_model():
-    found = guided(pair, positive)(X0, steered(7.5, 1))
+    found = guided(pair, one)(X0, steered(7.5, 1))
     np.testing.assert_allclose(found.std((1, 2, 3)), EPS.std((1, 2, 3)), rtol=1e-5)
-    plain = guided(pair, positive)(X0, steered(7.5, 0))
+    plain = guided(pair, one)(X0, steered(7.5, 0))
     ratio = found / plain
     np.testing.assert_allclose(ratio, jnp.broadcast_to(ratio[:, :1, :1, :1], ratio.shape), rtol=1e-4)
 
 
 def test_rescale_is_the_formula_of_lin_et_al():
     """Equations 14 to 16: the standard deviation of each picture over all of its pixels and channels."""
-    found = guided(pair, positive)(X0, steered(7.5, 0.7))
+    found = guided(pair, one)(X0, steered(7.5, 0.7))
     plain = np.asarray(NEGATIVE + 7.5 * (EPS - NEGATIVE))
     for i in range(2):
         rescaled = plain[i] * np.std(EPS[i]) / np.std(plain[i])
@@ -109,22 +117,34 @@ def test_rescale_is_the_formula_of_lin_et_al():
 
 
 def test_rescale_at_guidance_one_changes_nothing():
-    found = guided(pair, positive)(X0, steered(1, 1))
+    found = guided(pair, one)(X0, steered(1, 1))
     np.testing.assert_allclose(found, EPS, atol=1e-5)
 
 
-def test_where_no_picture_is_steered_the_negative_prompt_is_not_evaluated():
+def test_where_no_picture_is_steered_the_negative_prompt_is_not_evaluated(platform):
     calls = []
 
-    def counted(x, level):
-        jax.debug.callback(lambda: calls.append(1))
+    def pair_counted(x, level):
+        jax.debug.callback(lambda: calls.append("both"))
         return pair(x, level)
 
+    def one_counted(index, x, level):
+        jax.debug.callback(lambda index: calls.append(int(index)), index)
+        return one(index, x, level)
+
     for used in (False, True):
-        found = jax.jit(lambda level: guided(counted, positive)(X0, level))(steered(7.5, used=used))
+        calls.clear()
+        found = jax.jit(lambda level: guided(pair_counted, one_counted)(X0, level))(steered(7.5, used=used))
         jax.effects_barrier()
-        assert len(calls) == used
+        assert sorted(calls) == ([1] if not used else [0, 1] if platform == "cpu" else ["both"])
         assert np.array_equal(found, EPS) != used
+
+
+def test_gradients_go_through_guidance():
+    """A network that says x of the negative prompt and 2 x of the positive one: x + 3 (2 x - x)."""
+    network = guided(lambda x, level: jnp.concatenate([x, 2 * x]), lambda index, x, level: x * (index + 1))
+    gradient = jax.grad(lambda x: network(x, steered(3.0)).sum())(X0)
+    np.testing.assert_allclose(gradient, jnp.full_like(X0, 4), rtol=1e-5)
 
 
 def test_the_known_region_is_known_and_soft_masks_blend():

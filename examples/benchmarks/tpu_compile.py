@@ -1,0 +1,117 @@
+"""Compiles full-size text to image for pods of TPUs on a machine without a TPU, and says what would fit.
+
+    pip install . libtpu
+    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python examples/benchmarks/tpu_compile.py [--topology v5e:2x2] [--batch 1 8]
+
+The programs are those of `Pipeline.on`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, the batch split over all
+chips and the parameters whole on each. XLA's own TPU compiler optimises them for chips that are described, not present.
+Printed for each topology, batch (pictures at once on each chip) and program: seconds of compilation, bytes per chip of
+arguments and temporaries, and GFLOP per picture by the compiler's count; that of `paint` is for one step, beside two
+rows of the UNet by its products and convolutions. A batch that does not fit is refused by the compiler, which is
+printed, too. The exit status is 1 if a program holds a collective, or a full score matrix (all queries and keys of one
+attention, above 128 x 128).
+
+What this does not show: speed. It was compiled, not run.
+
+FIGURES
+"""
+
+import argparse
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from gpu_compile import score_matrices
+from jax.experimental import topologies
+
+from sdjax.compilation import Lower, programs_for
+from sdjax.config import SD15
+from sdjax.models.layers import use_attention
+from sdjax.models.params import abstract_params
+from sdjax.models.unet import UNet
+from sdjax.request import Request
+from sdjax.sharding import Placement
+
+COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:2x2")
+NAMES = ("condition", "time_rows", "begin", "paint", "develop")
+
+
+def flops(jaxpr: Any) -> int:
+    """Two for each multiplication and addition of all products and convolutions; of branches the largest."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inside = [flops(part) for part in jax.core.jaxprs_in_params(equation.params)]
+        match equation.primitive.name:
+            case "dot_general":
+                ((contracted, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval
+                total += 2 * equation.outvars[0].aval.size * math.prod(left.shape[axis] for axis in contracted)
+            case "conv_general_dilated":
+                kernel, numbers = equation.invars[1].aval, equation.params["dimension_numbers"]
+                total += 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[numbers.rhs_spec[0]]
+            case "scan":
+                total += equation.params["length"] * sum(inside)
+            case "cond":
+                total += max(inside)
+            case _:
+                total += sum(inside)
+    return total
+
+
+def guided_step() -> int:
+    """FLOPs of two rows of the UNet, one guided step of a picture."""
+    side = SD15.image_size // SD15.vae.downscale
+    params = {"params": abstract_params(SD15)["unet"]}
+    x = jax.ShapeDtypeStruct((2, side, side, SD15.unet.in_channels), jnp.float32)
+    context = jax.ShapeDtypeStruct((2, SD15.clip.length, SD15.unet.context_width), jnp.float32)
+    return flops(
+        jax.make_jaxpr(UNet(SD15.unet).apply)(params, x, jax.ShapeDtypeStruct((2,), jnp.float32), context).jaxpr
+    )
+
+
+def compiled(name: str, lower: Lower, pictures: int) -> list[str]:
+    """Compiles a program, prints its line, and returns what is wrong with it."""
+    lowered = lower()
+    start = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{name:>9}  does not fit: {' '.join(str(error).split())[:200]}", flush=True)
+        return []
+    seconds, memory, hlo = time.perf_counter() - start, program.memory_analysis(), program.as_text()
+    counted = program.cost_analysis()["flops"] / pictures / 1e9
+    sizes = f"{memory.argument_size_in_bytes:16,}  {memory.temp_size_in_bytes:18,}"
+    print(f"{name:>9}  {seconds:9.1f}  {sizes}  {counted:17,.1f}", flush=True)
+    faults = [f"score matrix {array}" for array in score_matrices(hlo)] + sorted(set(re.findall(COLLECTIVES, hlo)))
+    return [f"{name}: {fault}" for fault in faults]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", nargs="+", default=TOPOLOGIES, help=f"chips ({' '.join(TOPOLOGIES)})")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="pictures at once on each chip (1 8)")
+    parser.add_argument("--program", nargs="+", choices=NAMES, default=NAMES, help="of these alone")
+    options = parser.parse_args()
+    print(f"jax {jax.__version__}, {SD15.name}; a guided step is {guided_step() / 1e9:,.1f} GFLOP")
+    bad: list[str] = []
+    for topology in options.topology:
+        devices = tuple(topologies.get_topology_desc(topology, platform="tpu").devices)
+        for batch in options.batch:
+            print(f"{topology}, {len(devices)} x {devices[0].device_kind}, {batch} at once on each (not present)")
+            print("  program  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture", flush=True)
+            with use_attention("chunked"):  # what attention does on TPUs
+                programs = programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=Placement(devices))
+                for name in options.program:
+                    faults = compiled(name, programs[name], batch)
+                    bad += [f"{topology}, {batch} at once: {fault}" for fault in faults]
+    print("\n".join(bad) or "no collective, no full score matrix")
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
