@@ -316,7 +316,7 @@ def generate(options: argparse.Namespace) -> int:
             step = on_step(f"{start + 1}-{start + part} of {count}" if count > 1 else "sampling")
             pictures = call(**settings, **shape, seed=first + start, count=part, progress=step)
             for seed, picture in enumerate(pictures, first + start):
-                request = Request(prompt, seed=seed, **settings)
+                request = dataclasses.replace(like, seed=seed)
                 recipe = recipe_of(request, pipe.config.sampling, picture, model=model, dtype=dtype, **hashes)
                 path = _picture_path(output, prompt, seed, count)
                 save_picture(path, picture, recipe)

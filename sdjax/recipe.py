@@ -117,6 +117,7 @@ class Recipe:
 
 
 IN_REQUEST = ("prompt", "negative_prompt", "seed", "noise", "clip_skip", *(set(SAMPLING) - {"strength"}))
+"""Fields of a request that stand in a recipe as they are."""
 
 
 def recipe_of(
