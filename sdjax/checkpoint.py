@@ -4,6 +4,7 @@
     model/params/        Orbax, one array for each leaf of {"text", "vae", "unet"}, uncompressed
                          or params.safetensors: the same in one file, for small models (`write_tensors`)
     model/tokenizer/     vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
+    model/seal           says that names and shapes were checked against config.json (`_seal`); may be absent
 
 A checkpoint is written under a temporary name beside its final one and renamed when it is whole. The dtype policy lives
 here too: parameters have one dtype, and the networks compute in the dtype of their parameters (`cast`).
@@ -11,6 +12,8 @@ here too: parameters have one dtype, and the networks compute in the dtype of th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -33,6 +36,9 @@ from sdjax.types import Params
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 2**29  # bytes of parameters that are written together
 TENSORS = "params.safetensors"
+SEAL = "seal"
+HEADER_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+LAYOUT = 1  # changes when the networks' parameters change their names or shapes; tests/test_models.py watches them
 CONFIG_BOUND = 2**20  # bytes; a real config.json has 1.5 kB
 
 
@@ -144,6 +150,7 @@ def save(
     _check_tree(params, config, str(path))
     with new_folder(path, force) as folder:
         (folder / "config.json").write_text(config.to_json())
+        (folder / SEAL).write_text(_seal(config, params))
         if tokenizer is not None:
             (folder / "tokenizer").mkdir()
             for file in sorted(Path(tokenizer).iterdir()):
@@ -222,17 +229,38 @@ def read_tensors(file: Path) -> Params:
         raise ValueError(f"{file}: {_damaged(error)}") from None
 
 
+def _read_header(file: Path) -> Params:
+    """Shapes and dtypes of what `read_tensors` would read. Raises as that."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+            shapes = {
+                tuple(name.split("/")): jax.ShapeDtypeStruct(tuple(part.get_shape()), HEADER_DTYPES[part.get_dtype()])
+                for name, part in slices.items()
+            }
+            return _nested(shapes)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{file}: {_damaged(error)}") from None
+
+
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def restore(
-    path: str | Path, *, dtype: str | None = None, sharding: Callable[[Any], jax.sharding.Sharding] = HERE.sharding
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    sharding: Callable[[Any], jax.sharding.Sharding] = HERE.sharding,
+    on_shapes: Callable[[ModelConfig, Params], None] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """A checkpoint's configuration and parameters, put on the device.
 
     dtype: "float32", "bfloat16" or "float16" to cast on the way (None: as stored). sharding: leaf -> where it goes (the
-    default device); of a leaf that goes to devices in parts, each part alone is read for its device.
+    default device); of a leaf that goes to devices in parts, each part alone is read for its device. on_shapes: called
+    with the configuration and what `metadata` gives, before anything large is read.
 
     Raises:
         FileNotFoundError: no checkpoint at `path`. ValueError: it is damaged, holds symbolic links (which could read
@@ -242,6 +270,8 @@ def restore(
     if not is_checkpoint(path):
         raise FileNotFoundError(f"{path}: no checkpoint here; expected a folder with config.json and params/")
     config, stored = read_config(path), metadata(path)
+    if on_shapes is not None:
+        on_shapes(config, stored)
 
     def target(part: str) -> Params:
         def like(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -267,9 +297,9 @@ def metadata(path: str | Path) -> Params:
     """Shape and dtype of every parameter of a checkpoint, checked against its config.json; raises as `restore`."""
     path = Path(path).absolute()
     if (path / TENSORS).is_file():
-        stored = read_tensors(path / TENSORS)
-        _check_tree(stored, read_config(path), str(path))
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+        stored = _read_header(path / TENSORS)
+        _check_stored(stored, path)
+        return stored
     from orbax.checkpoint import v1 as ocp
 
     _refuse_links(path)
@@ -279,8 +309,17 @@ def metadata(path: str | Path) -> Params:
         raise ValueError(f"{path}: {_damaged(error)}") from None
     if stored is None:
         raise ValueError(f"{path}: {_damaged('no metadata')}")
-    _check_tree(stored, read_config(path), str(path))
+    _check_stored(stored, path)
     return stored
+
+
+def _seal(config: ModelConfig, params: Params) -> str:
+    """A hash of the configuration and of every name and shape. Where it is the one that was written when they were
+    checked, they need not be checked again, which takes two seconds.
+    """
+    shapes = {_name(path): list(np.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    sealed = json.dumps([LAYOUT, config.to_json(), shapes], sort_keys=True)
+    return hashlib.sha256(sealed.encode()).hexdigest()
 
 
 def _damaged(error: object) -> str:
@@ -308,6 +347,13 @@ def _refuse_links(path: Path) -> None:
                     f"{os.path.join(folder, name)}: a symbolic link or special file inside a checkpoint; "
                     "refused, because it could read any file of this machine"
                 )
+
+
+def _check_stored(stored: Any, path: Path) -> None:
+    """`_check_tree` of a checkpoint, unless its seal says that it was made when that was written."""
+    config, seal = read_config(path), path / SEAL
+    if not (seal.is_file() and seal.read_bytes() == _seal(config, stored).encode()):
+        _check_tree(stored, config, str(path))
 
 
 def _check_tree(params: Any, config: ModelConfig, where: str) -> None:

@@ -25,6 +25,7 @@ from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.request import BATCH, NOISES, STRENGTH, Request, check_settings, parse_size
 from sdjax.train import command as train_command
+from sdjax.types import Params
 
 TASKS = ("txt2img", "img2img", "inpaint")
 DEFAULTS: dict[str, Any] = {
@@ -384,15 +385,16 @@ def _load(
     named = {"model": options.model, "dtype": options.dtype, "placement": HERE} | given
     with meanwhile() as start:
 
-        def on_config(config: ModelConfig) -> None:
+        def on_shapes(config: ModelConfig, shapes: Params) -> None:
             if like is None or named["placement"].parallel == "pmap":
                 return
             with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
-                programs = programs_for(like, config, batch, dtype=named["dtype"], placement=named["placement"])
+                options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes)
+                programs = programs_for(like, config, batch, **options)
                 del programs["paint_row" if loop else "paint"]
                 start(programs.values())
 
-        return load(named.pop("model") or None, progress=on_convert, on_config=on_config, **named)
+        return load(named.pop("model") or None, progress=on_convert, on_shapes=on_shapes, **named)
 
 
 def _placement(options: argparse.Namespace, pictures: int | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sdjax.config import ModelConfig
 from sdjax.diffusion.sample import image_keys
 from sdjax.diffusion.samplers import first_carry
 from sdjax.image import load_image
-from sdjax.models.params import PARTS, abstract_params
+from sdjax.models.params import abstract_part
 from sdjax.pipeline import Pipeline
 from sdjax.request import Request, plan, size_of, stacked
 from sdjax.sharding import HERE, Placement
@@ -46,13 +46,20 @@ Lower = Callable[[], jax.stages.Lowered]
 
 
 def programs_for(
-    request: Request, config: ModelConfig, batch: int, *, dtype: str = "float32", placement: Placement = HERE
+    request: Request,
+    config: ModelConfig,
+    batch: int,
+    *,
+    dtype: str = "float32",
+    placement: Placement = HERE,
+    shapes: Params | None = None,
 ) -> dict[str, Lower]:
     """The programs that make pictures of a request's shape, by name; each is traced when it is called. paint is the
-    whole loop, paint_row one step of it, for progress.
+    whole loop, paint_row one step of it, for progress. Those that take longest to compile come first.
 
-    batch: pictures at once on each device. All is worked out from shapes: there need be no parameters, and the devices
-    of `placement` may be described ones (`jax.experimental.topologies`).
+    batch: pictures at once on each device. shapes: of the parameters, if they are known (`checkpoint.metadata`). All is
+    worked out from shapes: there need be no parameters, and the devices of `placement` may be described ones
+    (`jax.experimental.topologies`).
 
     Raises:
         ValueError, FileNotFoundError: as `Pipeline.batch`.
@@ -60,9 +67,9 @@ def programs_for(
     width, height = size_of(request, config, None if request.image is None else load_image(request.image).size)
     total, cell = batch * placement.shares, config.vae.downscale
 
-    def of_part(part: str) -> Params:
-        to, shapes = dtype_of(part, dtype), abstract_params(config)[part]
-        return jax.tree.map(lambda leaf: _struct(leaf.shape, to, placement.sharding(leaf)), shapes)
+    def params(part: str) -> Params:
+        to, known = dtype_of(part, dtype), abstract_part(config, part) if shapes is None else shapes[part]
+        return jax.tree.map(lambda leaf: _struct(leaf.shape, to, placement.sharding(leaf)), known)
 
     def bound(tree: Any) -> Any:
         """What was computed with the parameters stays on their device."""
@@ -70,12 +77,12 @@ def programs_for(
             return tree  # the programs say themselves where their arguments lie
         return jax.tree.map(lambda leaf: _struct(leaf.shape, leaf.dtype, placement.sharding(leaf)), tree)
 
-    params, of_model = {part: of_part(part) for part in PARTS}, functions.programs(config, placement)
+    of_model, unet = functions.programs(config, placement), params("unet")
     ids = _struct((2, total, config.clip.length), jnp.int32)
     condition = partial(functions.condition, config=config, skip=request.clip_skip)
-    kv = bound(jax.eval_shape(condition, params["text"], params["unet"], ids))
+    kv = bound(jax.eval_shape(condition, params("text"), unet, ids))
     rows, counts = stacked([plan(request, config)] * total)
-    timed = bound(jax.eval_shape(partial(functions.time_tables, config=config), params["unet"], rows))
+    timed = bound(jax.eval_shape(partial(functions.time_tables, config=config), unet, rows))
     row = jax.tree.map(lambda leaf: _struct(leaf.shape[1:], leaf.dtype, leaf.sharding), timed)
     keys = jax.eval_shape(lambda: image_keys(range(total)))
     noise = _struct((total, height // cell, width // cell, config.vae.latent_channels))
@@ -87,12 +94,12 @@ def programs_for(
     each, yes = _struct((total,)), _struct((total,), bool)
     carry, index = bound(jax.eval_shape(first_carry, x)), _struct((), jnp.int32)
     return {
-        "condition": partial(of_model.condition(request.clip_skip).lower, params["text"], params["unet"], ids),
-        "time_rows": partial(of_model.time_rows.lower, params["unet"], rows),
+        "paint": partial(of_model.paint.lower, unet, inputs, timed, counts, x, keys),
+        "paint_row": partial(of_model.paint_row.lower, unet, inputs, keys, carry, row, index),
+        "develop": lambda: of_model.develop.lower(params("vae"), bound(x)),
+        "condition": lambda: of_model.condition(request.clip_skip).lower(params("text"), unet, ids),
         "begin": partial(of_model.begin.lower, keys, noise, yes, each, x, mask, yes),
-        "paint": partial(of_model.paint.lower, params["unet"], inputs, timed, counts, x, keys),
-        "paint_row": partial(of_model.paint_row.lower, params["unet"], inputs, keys, carry, row, index),
-        "develop": partial(of_model.develop.lower, params["vae"], bound(x)),
+        "time_rows": partial(of_model.time_rows.lower, unet, rows),
     }
 
 
@@ -104,13 +111,21 @@ def _struct(shape: tuple[int, ...], dtype: Any = np.float32, sharding: Any = Non
 def meanwhile() -> Iterator[Callable[[Iterable[Lower]], None]]:
     """Compiles programs at the side, all at once, while the inside does something else; at the end waits for them.
 
-    A call of the program then finds it compiled. What cannot be compiled says so there.
+    A call of the program then finds it compiled. What cannot be compiled says so there. Tracing is Python, of which one
+    thread runs at a time: programs are traced one after the other, the first before `start` returns, so that nothing
+    holds up its compilation.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as tracer:
+
+        def trace(lower: Lower) -> None:
+            with suppress(Exception):
+                pool.submit(lower().compile)
 
         def start(programs: Iterable[Lower]) -> None:
-            for lower in programs:
-                pool.submit(lambda lower: lower().compile(), lower)
+            first, *others = programs
+            trace(first)
+            for lower in others:
+                tracer.submit(trace, lower)
 
         yield start
 

@@ -22,6 +22,7 @@ from sdjax.models.params import count_parameters
 from sdjax.pipeline import Pipeline
 from sdjax.sharding import HERE, Placement
 from sdjax.tokenizer import Tokenizer, clip_tokenizer
+from sdjax.types import Params
 
 SHORT_NAMES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -48,7 +49,7 @@ def load(
     clean: str = "openai",
     placement: Placement = HERE,
     progress: Progress | None = None,
-    on_config: Callable[[ModelConfig], None] | None = None,
+    on_shapes: Callable[[ModelConfig, Params], None] | None = None,
 ) -> Pipeline:
     """A `Pipeline` for a model.
 
@@ -56,8 +57,8 @@ def load(
     one of `SHORT_NAMES`. None: the model in the box, which draws 64x64 pictograms. dtype: "float32", "bfloat16" or
     "float16", of parameters and computation. vae, text_encoder: files for a checkpoint that lacks them. clean:
     "openai" or "hf", the cleaning of prompts (`sdjax.tokenizer`). placement: the devices (`Pipeline.on`), to which the
-    parameters are restored. progress: called with (bytes done, bytes in all) while converting. on_config: called with
-    the configuration before the parameters are restored, so that programs can be compiled meanwhile
+    parameters are restored. progress: called with (bytes done, bytes in all) while converting. on_shapes: called with
+    the configuration and the parameters' shapes before they are restored, so that programs can be compiled meanwhile
     (`sdjax.compilation`).
 
     Raises:
@@ -70,9 +71,7 @@ def load(
         path = converted(path, vae=vae, text_encoder=text_encoder, progress=progress)
     elif vae is not None or text_encoder is not None:
         raise ValueError(f"{path} is a whole checkpoint; vae and text_encoder are for files that lack these parts")
-    if on_config is not None:
-        on_config(checkpoint.read_config(path))
-    config, params = checkpoint.restore(path, dtype=dtype, sharding=placement.sharding)
+    config, params = checkpoint.restore(path, dtype=dtype, sharding=placement.sharding, on_shapes=on_shapes)
     own = path / "tokenizer"
     tokenizer = Tokenizer.from_folder(own, clean) if own.is_dir() else clip_tokenizer(clean)
     return Pipeline(config, params, tokenizer, config.name if model is None else str(model), placement)

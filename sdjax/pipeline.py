@@ -297,8 +297,9 @@ class Pipeline:
             size = size_of(request, config, original.size)
         asked = request.width is not None
         height, width = size[1] // config.vae.downscale, size[0] // config.vae.downscale
-        known = jnp.zeros((1, height, width, config.vae.latent_channels))
-        mask, concat = jnp.ones((1, height, width, 1)), jnp.zeros((1, height, width, 0))
+        known: Any = np.zeros((1, height, width, config.vae.latent_channels), np.float32)
+        mask: Any = np.ones((1, height, width, 1), np.float32)
+        concat: Any = np.zeros((1, height, width, 0), np.float32)
 
         def finish(result: Image.Image) -> Image.Image:
             return result
@@ -352,7 +353,7 @@ class Pipeline:
         rows, counts = stacked([one.plan for one in whole], alike=self.placement.model > 1)
         rows = of_model.time_rows(params["unet"], rows)
         known, mask, concat = (
-            jnp.concatenate([getattr(one.source, name) for one in whole]) for name in ("known", "mask", "concat")
+            _joined([getattr(one.source, name) for one in whole]) for name in ("known", "mask", "concat")
         )
         keys = image_keys([one.request.seed for one in whole])
         own = np.array([isinstance(one.request.noise, str) and one.request.noise == "jax" for one in whole])
@@ -361,7 +362,8 @@ class Pipeline:
             given[i] = _noise(whole[i].request, given.shape[1:])
         sigma = np.array([one.plan.sigma for one in whole], np.float32)
         x = of_model.begin(keys, given, own, sigma, known, mask, np.array([one.from_noise for one in whole]))
-        held = jnp.ones_like(mask) if config.unet.in_channels == 9 else mask  # a model that sees the mask is free
+        free = config.unet.in_channels == 9  # a model that sees the mask
+        held = np.ones(mask.shape, np.float32) if free else mask
         inputs = Batch(kv, known, held, concat)
         if progress is None:
             latents = of_model.paint(params["unet"], inputs, rows, counts, x, keys)
@@ -392,6 +394,12 @@ class Pipeline:
             if on_error is None:
                 raise error
             on_error(ready.request, error)
+
+
+def _joined(arrays: list[Any]) -> Any:
+    """Along the first axis; numpy arrays on the host, which takes no program."""
+    numpy = all(isinstance(array, np.ndarray) for array in arrays)
+    return np.concatenate(arrays) if numpy else jnp.concatenate(arrays)
 
 
 def _noise(request: Request, shape: tuple[int, ...]) -> Any:

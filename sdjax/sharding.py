@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sdjax.target import compiler_options, written_for
 from sdjax.types import Params
 
 DATA, MODEL = "data", "model"
@@ -58,6 +59,11 @@ class Placement:
     def shares(self) -> int:
         """The number of parts that a batch is split into."""
         return 1 if self.devices is None else len(self.devices) // self.model
+
+    @property
+    def platform(self) -> str:
+        """ "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self.devices is None else self.devices[0].platform
 
     @property
     def mesh(self) -> Mesh:
@@ -103,10 +109,11 @@ def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
     in_axes, out_axes: for each argument the axis along which pictures lie, None where all share it, or a tree of these
     (as for `jax.vmap`). The function must treat each picture by itself. A batch must divide over `placement.shares`.
     """
+    function, options = written_for(placement.platform, function), compiler_options(placement.platform)
     if placement.exact:
         function = _one_by_one(function, in_axes, out_axes)
     if placement.devices is None:
-        return jax.jit(function)
+        return jax.jit(function, compiler_options=options)
     if placement.parallel == "pmap":
         return _pmapped(function, in_axes, out_axes, placement)
     mesh = placement.mesh
@@ -119,7 +126,8 @@ def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
             out_specs=_map_axes(_spec, out_axes),
             axis_names={DATA},
             check_vma=False,
-        )
+        ),
+        compiler_options=options,
     )
 
     @wraps(function)

@@ -39,6 +39,28 @@ def test_restoring_gives_the_same_bits(saved, tiny_params):
     assert_same(params, tiny_params)
 
 
+@pytest.mark.parametrize("one_file", [False, True])
+def test_what_was_checked_when_it_was_written_is_not_checked_again(tmp_path, one_file, tiny_params, monkeypatch):
+    checkpoint.save(tmp_path / "m", TINY, tiny_params, one_file=one_file)
+    whole, checked = (tmp_path / "m" / "seal").read_text(), []
+    monkeypatch.setattr(checkpoint, "_check_tree", lambda *args: checked.append(args))
+
+    def checks(seal):
+        checked.clear()
+        (tmp_path / "m" / "seal").write_text(seal)
+        seen = []
+        config, params = checkpoint.restore(tmp_path / "m", on_shapes=lambda *args: seen.append(args))
+        assert_same(params, tiny_params)
+        assert seen[0][0] == config
+        assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, seen[0][1])
+        return len(checked)
+
+    assert checks(whole) == 0
+    assert checks("something else") == 1
+    (tmp_path / "m" / "config.json").write_text(dataclasses.replace(TINY, image_size=16).to_json())
+    assert checks(whole) == 1
+
+
 @pytest.mark.parametrize("dtype", checkpoint.DTYPES)
 def test_restoring_casts_by_the_policy(saved, dtype, tiny_params):
     _, params = checkpoint.restore(saved, dtype=dtype)
@@ -65,7 +87,7 @@ def test_pieces_are_put_together(tmp_path, monkeypatch, tiny_params):
     monkeypatch.setattr(checkpoint, "PIECE", 2**21)
     checkpoint.save(tmp_path / "m", TINY, tiny_params)
     assert_same(checkpoint.restore(tmp_path / "m")[1], tiny_params)
-    assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "params"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "params", "seal"}
 
 
 def test_existing_checkpoints_are_kept_unless_forced(copied, tiny_params):

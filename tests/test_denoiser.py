@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
+from sdjax.target import use_platform
 from sdjax.types import Guidance, Level
 
 X0 = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
@@ -22,11 +22,11 @@ def one(index, x, level):
     return jnp.where(index == 1, EPS, NEGATIVE)
 
 
-@pytest.fixture(params=["cpu", "default"], autouse=True)
-def platform(request, monkeypatch):
+@pytest.fixture(params=["cpu", "gpu"], autouse=True)
+def platform(request):
     """Guidance as it is on CPUs, and as it is everywhere else."""
-    monkeypatch.setattr(lax, "platform_dependent", lambda *args, **ways: ways[request.param](*args))
-    return request.param
+    with use_platform(request.param):
+        yield request.param
 
 
 def steered(scale, rescale=0.0, used=True):

@@ -21,8 +21,8 @@ from sdjax.models.layers import (
     Upsample,
     attention,
     tile_rows,
-    use_attention,
 )
+from sdjax.target import use_platform
 
 HALVES = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # the relative error of rounding once
 
@@ -88,23 +88,23 @@ def qkv(queries, keys, heads=2, width=8, batch=2, dtype="float32"):
     return [jnp.asarray(4 * normal(i, *shape), dtype) for i, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("kind", ["chunked", "per_head"])
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
 @pytest.mark.parametrize(
     ("queries", "keys"), [(7, 5), (300, 77), (300, 300), (257, 129)], ids=lambda length: str(length)
 )
-def test_every_kind_of_attention_is_a_plain_softmax(kind, queries, keys, monkeypatch):
+def test_every_kind_of_attention_is_a_plain_softmax(platform, queries, keys, monkeypatch):
     monkeypatch.setattr(layers, "SCORE_BOUND", 4 * keys * 64)  # chunks of 64 queries, the last one not full
     monkeypatch.setattr(layers, "CPU_QUERY_ROWS", 64)
     q, k, v = qkv(queries, keys)
-    with use_attention(kind):
+    with use_platform(platform):
         found = attention(q, k, v)
     np.testing.assert_allclose(found, plain_attention(q, k, v), rtol=1e-5, atol=2e-5)
 
 
 def test_kinds_without_chunks_agree_too():
     q, k, v = qkv(200, 130)
-    for kind in ("chunked", "per_head"):
-        with use_attention(kind):
+    for platform in ("tpu", "cpu"):
+        with use_platform(platform):
             np.testing.assert_allclose(attention(q, k, v), plain_attention(q, k, v), rtol=1e-5, atol=2e-5)
 
 
@@ -113,40 +113,40 @@ def test_causal_attention_sees_no_later_token():
     np.testing.assert_allclose(attention(q, k, v, causal=True), plain_attention(q, k, v, causal=True), atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["chunked", "per_head"])
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_softmax_is_in_float32_whatever_the_dtype(kind, dtype):
+def test_softmax_is_in_float32_whatever_the_dtype(platform, dtype):
     """Half precision may round the weights and the result, one unit each, but not the scores, which reach 100."""
     q, k, v = qkv(200, 200, dtype=dtype)
     q = q * 4
-    with use_attention(kind):
+    with use_platform(platform):
         found = attention(q, k, v)
     assert found.dtype == dtype
     expected = plain_attention(q, k, v)
     assert np.abs(np.asarray(found, np.float64) - expected).max() < 3 * HALVES[dtype] * np.abs(v).max()
 
 
-@pytest.mark.parametrize("kind", ["chunked", "per_head"])
-def test_huge_scores_do_not_overflow(kind):
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_huge_scores_do_not_overflow(platform):
     q, k, v = qkv(200, 200)
-    with use_attention(kind):
+    with use_platform(platform):
         assert np.isfinite(attention(1000 * q, 1000 * k, v)).all()
 
 
-@pytest.mark.parametrize("kind", ["chunked", "per_head"])
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "width"),
     [(2, 64 * 64, 8, 40), (16, 64 * 64, 8, 40), (2, 128 * 128, 5, 64), (1, 512 * 512, 1, 16)],
     ids=["512 px", "512 px, 8 guided", "1024 px", "autoencoder, 4096 px"],
 )
-def test_no_score_matrix_is_larger_than_the_bound(kind, batch, length, heads, width):
+def test_no_score_matrix_is_larger_than_the_bound(platform, batch, length, heads, width):
     x = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.float32)
-    with use_attention(kind):
+    with use_platform(platform):
         assert largest(lambda q, k, v: attention(q, k, v), x, x, x) <= SCORE_BOUND
     assert batch * heads * length**2 > SCORE_BOUND
 
 
-def test_a_compiled_program_follows_the_kind_of_attention():
+def test_a_compiled_program_follows_the_platform():
     traces = []
 
     @jax.jit
@@ -156,7 +156,7 @@ def test_a_compiled_program_follows_the_kind_of_attention():
 
     inputs = qkv(200, 200)
     usual = program(*inputs)
-    with use_attention("chunked"):
+    with use_platform("tpu"):
         np.testing.assert_allclose(program(*inputs), usual, atol=2e-5)
     np.testing.assert_array_equal(program(*inputs), usual)
     assert traces == [200 * 200, 4 * 200 * 200]  # one head at a time on a CPU, then all four at once

@@ -5,6 +5,7 @@ parameters, and the parts that only Stable Diffusion 2 has.
 """
 
 import dataclasses
+import hashlib
 from functools import partial
 
 import jax
@@ -15,12 +16,14 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from sdjax.checkpoint import LAYOUT
 from sdjax.config import SD15, SD15_INPAINT, SD21, TINY, CLIPConfig, UNetConfig, VAEConfig
 from sdjax.models.clip import TextEncoder
-from sdjax.models.layers import SCORE_BOUND, use_attention
+from sdjax.models.layers import SCORE_BOUND
 from sdjax.models.params import abstract_params, count_parameters, random_params
 from sdjax.models.unet import Transformer, UNet, timestep_embedding
 from sdjax.models.vae import VAE, Posterior
+from sdjax.target import use_platform
 from tests.test_layers import equations, largest, normal
 
 SMALL = dataclasses.replace(
@@ -96,6 +99,13 @@ def test_shapes_of_parameters_take_no_memory():
     leaves = jax.tree.leaves(abstract_params(SD15))
     assert len(leaves) == 686 + 248 + 196  # 196: without position_ids, which files carry and no network needs
     assert all(type(leaf) is jax.ShapeDtypeStruct and leaf.dtype == jnp.float32 for leaf in leaves)
+
+
+def test_other_names_or_shapes_of_parameters_take_another_number_of_layout():
+    """Sealed checkpoints are trusted to fit the networks: if this fails, count `checkpoint.LAYOUT` up."""
+    leaves = jax.tree.leaves_with_path([abstract_params(config) for config in (SD15, SD21, SMALL)])
+    listed = "\n".join(f"{jax.tree_util.keystr(path)} {leaf.shape}" for path, leaf in leaves)
+    assert (LAYOUT, hashlib.sha256(listed.encode()).hexdigest()[:16]) == (1, "046c20f19c010ff2")
 
 
 def test_random_parameters_fill_every_leaf_by_their_seed_alone():
@@ -301,7 +311,8 @@ def test_what_comes_before_the_text_is_computed_once_for_all_prompts():
     kv = unet(PARAMS["unet"], CONTEXT, method="text_kv")
     time = unet(PARAMS["unet"], np.float32(700), method="time_table")
     predict = partial(UNet(SMALL.unet).apply, {"params": PARAMS["unet"]}, method="predict")
-    traced = jax.make_jaxpr(predict)(LATENT, time, kv)
+    with use_platform("gpu"):  # where a convolution is one operation
+        traced = jax.make_jaxpr(predict)(LATENT, time, kv)
     rows = [
         equation.outvars[0].aval.shape[0]
         for equation in equations(traced.jaxpr)
@@ -402,6 +413,6 @@ def test_float16_stays_close_to_float32():
 def test_the_full_size_network_holds_nothing_larger_than_the_bound():
     """One guided step at 768 pixels, where the scores of one attention alone would be ten times as large."""
     params = {"params": abstract_params(SD15)["unet"]}
-    with use_attention("chunked"):
+    with use_platform("tpu"):
         held = largest(UNet(SD15.unet).apply, params, shape(2, 96, 96, 4), shape(2), shape(2, 77, 768))
     assert held <= SCORE_BOUND < 2 * 8 * (96 * 96) ** 2 / 10

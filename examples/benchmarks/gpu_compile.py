@@ -34,7 +34,6 @@ from jax.experimental import topologies
 
 from sdjax.compilation import programs_for
 from sdjax.config import SD15
-from sdjax.models.layers import use_attention
 from sdjax.request import Request
 from sdjax.sharding import Placement
 
@@ -55,8 +54,7 @@ def compile_loop(batch: int) -> Any:
     """The sampling loop for `batch` pictures, compiled for the target."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
     placement = Placement(tuple(topology.devices))
-    with use_attention("cudnn"):
-        return programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=placement)["paint"]().compile()
+    return programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=placement)["paint"]().compile()
 
 
 def score_matrices(hlo: str) -> list[str]:

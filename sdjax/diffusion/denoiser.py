@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sdjax.diffusion.schedule import per_image
+from sdjax.target import platform
 from sdjax.types import Array, Denoiser, Guidance, Latent, Level, Predictor
 
 
@@ -77,7 +78,7 @@ def guided(pair: Predictor, one: Callable[[Array | int, Latent, Level], Latent])
     def predict(x: Latent, level: Level) -> Latent:
         if level.guidance is None:
             return one(1, x, level)
-        return lax.platform_dependent(x, level, level.guidance, cpu=in_turn, default=at_once)
+        return (in_turn if platform() == "cpu" else at_once)(x, level, level.guidance)
 
     return predict
 

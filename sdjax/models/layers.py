@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sdjax.target import platform
 from sdjax.types import Array
 
 SCORE_BOUND = 2**26
@@ -30,13 +32,6 @@ CPU_QUERY_ROWS = 1024
 CPU_FEW_POSITIONS = 2 * 16 * 16
 """Positions, of all pictures together, up to which a CPU convolves by one matrix product: 1.2 times as fast for two
 full-size maps of 16x16, 2.6 times for 8x8; slower with more positions."""
-
-use_attention = jax.make_user_context(None)
-"""`with use_attention(kind):` inside, programs use one implementation of `attention`: "cudnn", "chunked" or "per_head".
-
-The default follows the machine; this is for compiling ahead of time for another one, and for measurements. jit knows
-of it: another kind is another program.
-"""
 
 
 def gelu(x: Array) -> Array:
@@ -52,6 +47,7 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
+@partial(jax.jit, static_argnums=1)
 def fan_in_normal(key: Array, shape: tuple[int, ...]) -> Array:
     """Initial kernels f32[..., in, out]: normal with variance 1 / fan_in (LeCun et al. 1998, section 4.6)."""
     return jax.random.normal(key, shape) * math.prod(shape[:-1]) ** -0.5
@@ -100,10 +96,8 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", fan_in_normal, shape)
         x = x.astype(kernel.dtype)
-        if self.stride == 1 and math.prod(x.shape[:3]) <= CPU_FEW_POSITIONS:
-            y = lax.platform_dependent(x, kernel, cpu=self.by_product, default=self.by_convolution)
-        else:
-            y = self.by_convolution(x, kernel)
+        few = self.stride == 1 and math.prod(x.shape[:3]) <= CPU_FEW_POSITIONS
+        y = self.by_product(x, kernel) if few and platform() == "cpu" else self.by_convolution(x, kernel)
         return y + over_rows(self.param("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
 
     def by_convolution(self, x: Array, kernel: Array) -> Array:
@@ -217,15 +211,12 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     scores. On NVIDIA GPUs in 16 bit the fused cuDNN kernel is used where it takes the head size; on
     CPUs one head at a time.
     """
-    kind = use_attention.value
-    if kind is None:
-        kind = {"cpu": "per_head", "gpu": "cudnn"}.get(jax.default_backend(), "chunked")
     small = q.shape[1] * k.shape[1] <= 128 * 128
     if causal or small:
         return _scores_attention(q, k, v, causal=causal)
-    if kind == "cudnn" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    if platform() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return _per_head_attention(q, k, v) if kind == "per_head" else _chunked_attention(q, k, v)
+    return _per_head_attention(q, k, v) if platform() == "cpu" else _chunked_attention(q, k, v)
 
 
 def _scores_attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
