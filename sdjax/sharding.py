@@ -109,7 +109,8 @@ def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
     in_axes, out_axes: for each argument the axis along which pictures lie, None where all share it, or a tree of these
     (as for `jax.vmap`). The function must treat each picture by itself. A batch must divide over `placement.shares`.
     """
-    function, options = written_for(placement.platform, function), compiler_options(placement.platform)
+    function = written_for(placement.platform, function, kernels=placement.model == 1)
+    options = None if placement.exact else compiler_options(placement.platform)  # `jax.pmap` takes none
     if placement.exact:
         function = _one_by_one(function, in_axes, out_axes)
     if placement.devices is None:
@@ -124,7 +125,7 @@ def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
             mesh=mesh,
             in_specs=specs,
             out_specs=_map_axes(_spec, out_axes),
-            axis_names={DATA},
+            axis_names={DATA} if placement.model > 1 else {DATA, MODEL},
             check_vma=False,
         ),
         compiler_options=options,

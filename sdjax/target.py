@@ -14,6 +14,11 @@ use_platform = jax.make_user_context(None)
 jit knows of it: another platform is another program.
 """
 
+use_kernels = jax.make_user_context(False)
+"""`with use_kernels(True):` inside, programs may hold kernels that have no gradient and that XLA cannot split over
+devices by itself. `sdjax.sharding.spread` says so where neither is asked of them.
+"""
+
 CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 """Compiles in two thirds of the time; the programs are as fast."""
 
@@ -23,12 +28,14 @@ def platform() -> str:
     return use_platform.value or jax.default_backend()
 
 
-def written_for(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, or `functools.partial` of one, which always sees the platform of that name."""
+def written_for(name: str, function: Callable[..., Any], *, kernels: bool) -> Callable[..., Any]:
+    """The same function, or `functools.partial` of one, which always sees the platform of that name, and whether
+    kernels are allowed.
+    """
 
     @wraps(getattr(function, "func", function), assigned=("__name__", "__qualname__"), updated=())
     def inside(*arguments: Any) -> Any:
-        with use_platform(name):
+        with use_platform(name), use_kernels(kernels):
             return function(*arguments)
 
     del inside.__wrapped__  # type: ignore[attr-defined]  # which takes other arguments

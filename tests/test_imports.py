@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports from lower rows, and from its own without going in circles
-    {"types", "config", "hosts", "assets", "assets.make_clip_merges"},
+    {"types", "config", "target", "hosts", "assets", "assets.make_clip_merges"},
     {"models", "models.layers", "models.clip", "models.unet", "models.vae", "models.params"}
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
     {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"} | {"diffusion.torch_noise"},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jax.experimental.pallas import tpu as pltpu
 
 from sdjax.models import layers
 from sdjax.models.layers import (
@@ -22,7 +23,7 @@ from sdjax.models.layers import (
     attention,
     tile_rows,
 )
-from sdjax.target import use_platform
+from sdjax.target import use_kernels, use_platform
 
 HALVES = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # the relative error of rounding once
 
@@ -99,6 +100,22 @@ def test_every_kind_of_attention_is_a_plain_softmax(platform, queries, keys, mon
     with use_platform(platform):
         found = attention(q, k, v)
     np.testing.assert_allclose(found, plain_attention(q, k, v), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [40, 160])
+@pytest.mark.parametrize(("queries", "keys"), [(300, 77), (257, 640), (1024, 1024)], ids=lambda length: str(length))
+def test_flash_attention_is_a_plain_softmax_too(queries, keys, width):
+    """JAX's kernel for TPUs, interpreted, with everything that has to be filled up or masked."""
+    q, k, v = qkv(queries, keys, width=width, dtype="bfloat16")
+    with use_platform("tpu"), use_kernels(True), pltpu.force_tpu_interpret_mode():
+        kernels = [e for e in equations(jax.make_jaxpr(attention)(q, k, v).jaxpr) if e.primitive.name == "pallas_call"]
+        found = attention(q, k, v)
+    assert len(kernels) == 1
+    assert found.dtype == "bfloat16"
+    expected = plain_attention(q, k, v)
+    assert np.abs(np.asarray(found, np.float64) - expected).max() < 3 * HALVES["bfloat16"] * np.abs(v).max()
+    with use_platform("tpu"), use_kernels(True):
+        assert attention(*(x.astype(np.float32) for x in (q, k, v))).dtype == np.float32, "bfloat16 alone"
 
 
 def test_kinds_without_chunks_agree_too():

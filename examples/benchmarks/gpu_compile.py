@@ -57,8 +57,8 @@ def compile_loop(batch: int) -> Any:
     return programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=placement)["paint"]().compile()
 
 
-def score_matrices(hlo: str) -> list[str]:
-    """Array types that hold a score for every query and key of one attention."""
+def score_matrices(hlo: str, small: int = SMALL_SCORES) -> list[str]:
+    """Array types that hold a score for every query and key of one attention, if those are more than `small`."""
     side = SD15.image_size // SD15.vae.downscale
     queries = [(side >> i) ** 2 for i in range(len(SD15.unet.channels))]
     found = set()
@@ -66,7 +66,7 @@ def score_matrices(hlo: str) -> list[str]:
         sizes = [int(size) for size in dims.split(",")]
         for q in queries:
             for k in (q, SD15.clip.length):
-                if q * k > SMALL_SCORES and all(sizes.count(n) >= (q, k).count(n) for n in (q, k)):
+                if q * k > small and all(sizes.count(n) >= (q, k).count(n) for n in (q, k)):
                     found.add(f"{dtype}[{dims}]")
     return sorted(found)
 

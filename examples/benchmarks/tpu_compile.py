@@ -1,7 +1,8 @@
 """Compiles full-size text to image for pods of TPUs on a machine without a TPU, and says what would fit.
 
     pip install . libtpu
-    TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python examples/benchmarks/tpu_compile.py [--topology v5e:2x2] [--batch 1 8]
+    export TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1
+    python examples/benchmarks/tpu_compile.py [--topology v5e:2x2] [--batch 1 8]
 
 The programs are those of `Pipeline.on`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, the batch split over all
 chips and the parameters whole on each. XLA's own TPU compiler optimises them for chips that are described, not present.
@@ -27,7 +28,8 @@ import argparse
 import math
 import re
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,9 @@ from sdjax.request import Request
 from sdjax.sharding import Placement
 
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+SMALL_SCORES = 256 * 256
+"""Of 16x16 positions a score matrix has the shape of the heads' own values, which the kernel takes 256 wide."""
+
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:2x2")
 NAMES = ("condition", "time_rows", "begin", "paint", "develop")
 
@@ -78,23 +83,71 @@ def guided_step() -> int:
     )
 
 
-def compiled(name: str, lower: Lower, pictures: int) -> list[str]:
-    """Compiles a program, prints its line, and returns what is wrong with it."""
-    lowered = lower()
-    start = time.perf_counter()
+def exhausted(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:
+    """The compiled program; or None where the compiler refuses it for want of memory, and what it says."""
     try:
-        program = lowered.compile()
+        return lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"{name:>9}  does not fit: {' '.join(str(error).split())[:200]}", flush=True)
-        return []
-    seconds, memory, hlo = time.perf_counter() - start, program.memory_analysis(), program.as_text()
+        return None, " ".join(str(error).split())
+
+
+def memory_of(device: Any) -> int:
+    """Bytes of a described chip's memory that programs may use: what the compiler says when it refuses too large a one.
+
+    Raises:
+        RuntimeError: it said something else.
+    """
+    huge = jax.ShapeDtypeStruct((2**36,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    _, reason = exhausted(jax.jit(lambda x: x + 1).lower(huge))
+    found = re.search(r"available HBM \(([\d.]+)([GM])\)", reason)
+    if found is None:
+        raise RuntimeError(f"the compiler does not say how much memory there is: {reason[:300]!r}")
+    return int(float(found[1]) * 2 ** {"G": 30, "M": 20}[found[2]])
+
+
+class Measured(NamedTuple):
+    """What the compiler says of a program: bytes on each chip, and what is wrong with it."""
+
+    arguments: int
+    temporaries: int
+    faults: list[str]
+
+
+def to_hlo(found: re.Match[str]) -> str:
+    """An array type as XLA writes it: tensor<2x77xf32> as f32[2,77]."""
+    return f"{found[2]}[{found[1].replace('x', ',')}]"
+
+
+def measured(name: str, lower: Lower, pictures: int) -> Measured | None:
+    """Compiles a program and prints its line; None if it does not fit."""
+    lowered = lower()
+    start = time.perf_counter()
+    program, refusal = exhausted(lowered)
+    if program is None:
+        print(f"{name:>9}  does not fit: {refusal[:200]}", flush=True)
+        return None
+    seconds, memory = time.perf_counter() - start, program.memory_analysis()
     counted = program.cost_analysis()["flops"] / pictures / 1e9
     sizes = f"{memory.argument_size_in_bytes:16,}  {memory.temp_size_in_bytes:18,}"
     print(f"{name:>9}  {seconds:9.1f}  {sizes}  {counted:17,.1f}", flush=True)
-    faults = [f"score matrix {array}" for array in score_matrices(hlo)] + sorted(set(re.findall(COLLECTIVES, hlo)))
-    return [f"{name}: {fault}" for fault in faults]
+    try:
+        hlo = program.as_text()
+    except jax.errors.JaxRuntimeError as error:  # a libtpu that is newer than jaxlib
+        print(f"           its text cannot be read, so looked at before optimisation: {str(error)[:90]}", flush=True)
+        hlo = re.sub(r"tensor<([\dx]+)x(\w+)>", to_hlo, lowered.as_text().replace("_", "-"))
+    matrices = score_matrices(hlo, SMALL_SCORES)
+    faults = [f"score matrix {array}" for array in matrices] + sorted(set(re.findall(COLLECTIVES, hlo)))
+    return Measured(memory.argument_size_in_bytes, memory.temp_size_in_bytes, [f"{name}: {one}" for one in faults])
+
+
+def largest(paint: dict[int, Measured], memory: int) -> int:
+    """The pictures at once whose loop fits by a straight line through two batches, a multiple of 8."""
+    (first, a), (last, b) = min(paint.items()), max(paint.items())
+    need = [one.arguments + one.temporaries for one in (a, b)]
+    each = (need[1] - need[0]) / (last - first)
+    return int(last + (memory - need[1]) / each) // 8 * 8
 
 
 def main() -> None:
@@ -105,15 +158,27 @@ def main() -> None:
     options = parser.parse_args()
     print(f"jax {jax.__version__}, {SD15.name}; a guided step is {guided_step() / 1e9:,.1f} GFLOP")
     bad: list[str] = []
+
+    def measure(topology: str, devices: tuple[Any, ...], batch: int, names: Sequence[str]) -> dict[str, Measured]:
+        print(f"{topology}, {len(devices)} x {devices[0].device_kind}, {batch} at once on each (not present)")
+        print("  program  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture", flush=True)
+        programs = programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=Placement(devices))
+        found = {name: measured(name, programs[name], batch) for name in names}
+        for one in found.values():
+            bad.extend(f"{topology}, {batch} at once: {fault}" for fault in ([] if one is None else one.faults))
+        return {name: one for name, one in found.items() if one is not None}
+
     for topology in options.topology:
         devices = tuple(topologies.get_topology_desc(topology, platform="tpu").devices)
-        for batch in options.batch:
-            print(f"{topology}, {len(devices)} x {devices[0].device_kind}, {batch} at once on each (not present)")
-            print("  program  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture", flush=True)
-            programs = programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=Placement(devices))
-            for name in options.program:
-                faults = compiled(name, programs[name], batch)
-                bad += [f"{topology}, {batch} at once: {fault}" for fault in faults]
+        memory = memory_of(devices[0])
+        print(f"{topology}: {memory:,} bytes of memory for programs on each chip")
+        found = {batch: measure(topology, devices, batch, options.program) for batch in options.batch}
+        paint = {batch: programs["paint"] for batch, programs in found.items() if "paint" in programs}
+        if len(paint) > 1:
+            batch = largest(paint, memory)
+            while batch > max(paint) and "paint" not in measure(topology, devices, batch, ["paint"]):
+                batch -= 8
+            print(f"{topology}: {max(batch, max(paint))} pictures at once on each chip fit", flush=True)
     print("\n".join(bad) or "no collective, no full score matrix")
     raise SystemExit(bool(bad))
 

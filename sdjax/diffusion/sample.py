@@ -80,16 +80,17 @@ def sample(
     steps up to s. None: all of them. Pure and traceable: call it inside your own jit.
     """
 
-    def body(carry: Carry, row_and_index: Any) -> tuple[Carry, None]:
-        def run(carry: Carry) -> Carry:
-            return sample_row(make_denoiser, inputs, keys, carry, *row_and_index)
+    rows = jax.tree.map(jnp.asarray, rows)
+
+    def body(carry: Carry, index: Array) -> tuple[Carry, None]:
+        def run(carry: Carry) -> Carry:  # takes its row itself, so that a skipped one costs nothing
+            return sample_row(make_denoiser, inputs, keys, carry, _row(rows, index), index)
 
         if count is None:
             return run(carry), None
-        return jax.lax.cond(row_and_index[1] < jnp.max(count), run, lambda carry: carry, carry), None
+        return jax.lax.cond(index < jnp.max(count), run, lambda carry: carry, carry), None
 
-    rows = jax.tree.map(jnp.asarray, rows)
-    carry, _ = jax.lax.scan(body, first_carry(x), (rows, jnp.arange(rows.scale.shape[0])))
+    carry, _ = jax.lax.scan(body, first_carry(x), jnp.arange(rows.scale.shape[0]))
     return carry.x
 
 

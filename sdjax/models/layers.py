@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sdjax.target import platform
+from sdjax.target import platform, use_kernels
 from sdjax.types import Array
 
 SCORE_BOUND = 2**26
@@ -28,6 +28,12 @@ SCORE_BOUND = 2**26
 
 CPU_QUERY_ROWS = 1024
 """Rows of queries per product on a CPU, where one head at a time stays in the cache."""
+
+TPU_LANES = 128
+"""What lengths and wide heads are multiples of in the kernel for TPUs."""
+
+TPU_BLOCK = 512
+"""Most queries, and keys, that it works on at once."""
 
 CPU_FEW_POSITIONS = 2 * 16 * 16
 """Positions, of all pictures together, up to which a CPU convolves by one matrix product: 1.2 times as fast for two
@@ -208,14 +214,16 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(d)) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1).
 
     q f[b, l, n, d], k and v f[b, m, n, d] -> f[b, l, n, d]. Never holds more than SCORE_BOUND
-    scores. On NVIDIA GPUs in 16 bit the fused cuDNN kernel is used where it takes the head size; on
-    CPUs one head at a time.
+    scores. On NVIDIA GPUs in 16 bit the fused cuDNN kernel is used where it takes the head size; on TPUs in bfloat16
+    JAX's flash attention where kernels are allowed (`sdjax.target`); on CPUs one head at a time.
     """
     small = q.shape[1] * k.shape[1] <= 128 * 128
     if causal or small:
         return _scores_attention(q, k, v, causal=causal)
     if platform() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if platform() == "tpu" and use_kernels.value and q.dtype == jnp.bfloat16:
+        return _flash_attention(q, k, v)
     return _per_head_attention(q, k, v) if platform() == "cpu" else _chunked_attention(q, k, v)
 
 
@@ -226,6 +234,36 @@ def _scores_attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> 
         scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnlm,bmnd->blnd", weights, v)
+
+
+def _flash_attention(q: Array, k: Array, v: Array) -> Array:
+    """Attention by JAX's kernel for TPUs, which holds no scores outside of the chip (Dao et al. 2022).
+
+    It takes lengths in blocks, and heads of up to 128 or multiples of that: the rest is filled up with zeros, and the
+    keys that are none are masked.
+    """
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
+
+    b, length, _, d = q.shape
+    keys, width = k.shape[1], d if d <= TPU_LANES else -(-d // TPU_LANES) * TPU_LANES
+
+    def filled(x: Array) -> Array:
+        rows = -(-x.shape[1] // TPU_LANES) * TPU_LANES
+        return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, width - d))).swapaxes(1, 2)
+
+    q, k, v = filled(q), filled(k), filled(v)
+    block_q, block_k = (math.gcd(x.shape[2], TPU_BLOCK) for x in (q, k))
+    is_key = jnp.broadcast_to(jnp.arange(k.shape[2]) < keys, (b, k.shape[2])).astype(jnp.int32)
+    masked = SegmentIds(jnp.ones((b, q.shape[2]), jnp.int32), is_key)
+    out = flash_attention(
+        q,
+        k,
+        v,
+        segment_ids=masked if keys < k.shape[2] else None,
+        sm_scale=d**-0.5,
+        block_sizes=BlockSizes(block_q=block_q, block_k_major=block_k, block_k=block_k, block_b=1),
+    )
+    return out.swapaxes(1, 2)[:, :length, :, :d]
 
 
 def _split_queries(q: Array, rows: int) -> Array:
