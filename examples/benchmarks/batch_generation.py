@@ -70,9 +70,14 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def in_turns(rounds: int, *calls: Callable[[], Any]) -> list[float]:
-    """The median seconds of each, every round running all of them, after one that does not count."""
-    times = [[seconds(call) for call in calls] for _ in range(rounds + 1)]
-    return [statistics.median(column) for column in zip(*times[1:], strict=True)]
+    """The median seconds of each, every round running all of them, after one that does not count; every second round
+    backwards, so that none always follows the same other.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds + 1):
+        for i in range(len(calls))[:: -1 if number % 2 else 1]:
+            times[i].append(seconds(calls[i]))
+    return [statistics.median(column[1:]) for column in times]
 
 
 def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
