@@ -1,8 +1,6 @@
 """Four simulated CPU devices for the whole suite, and a small model that every test may share."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,31 +10,18 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
-from sdjax.compilation import WORTH_KEEPING
 from sdjax.config import TINY, ModelConfig
 from sdjax.models.params import random_params
 from sdjax.types import Params
 
-FOLDER = pytest.StashKey[str]()
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Small models take longer to compile than to run: compile quickly, but for full-size runs, and each program once,
-    for all processes of the run and those that tests start. A folder that is new for every run keeps them meanwhile.
+    """Small models take longer to compile than to run: compile quickly, here and in processes that tests start, but for
+    full-size runs.
     """
     if config.getoption("markexpr") == "not full":
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
-    if not hasattr(config, "workerinput"):
-        config.stash[FOLDER] = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdjax-tests-")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(WORTH_KEEPING)
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if FOLDER in config.stash:
-        shutil.rmtree(config.stash[FOLDER], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,23 +12,23 @@ Every line is the median over rounds that take turns. Measures (--only takes one
                  `Pipeline.batch` without files, which tells how long the device is idle
     start        the first picture of a fresh process, with nothing kept and with programs kept, and one more picture
 
-The model in the box on two cores of an AMD EPYC (Zen 3), 2026-11-21, jax 0.10.2, --rounds 3, other work stopped; before
-guidance on CPUs took its two prompts in turn, which has shortened the first picture of `start` to 18 s since:
+The model in the box on two cores of an AMD EPYC (Zen 3), 2026-11-21, jax 0.10.2, --rounds 3, other work stopped; but
+for `start` before guidance on CPUs took its two prompts in turn:
 
     recompiles: 9 programs in the first 25.4 s; then 0 in 50 settings (10.6 s)
     loop: 0.227 s for 20 of 64 rows, 0.219 s for a scan of 20: ratio 1.037
     exact: 2.21 s for 8 pictures, 1.32 s freely: ratio 1.68
     job: 5.82 pictures a second by sdjax batch, 3.49 one after another: 1.67 times as many; 6.04 without recipes and
         files, so that the device waits 3.7% of the time for them
-    start: first picture after 28.6 s, with programs kept 11.4 s, one more takes 0.32 s: 88 and 35 times that
+    start: first picture after 14.8 s, with programs kept 5.7 s, one more takes 0.45 s: 33 and 13 times that
 
-After that change, 15 rounds of `loop`, `exact` again, and `devices` with four simulated ones on the two cores:
+After that change `exact` again, 30 rounds of `loop`, and `devices` with four simulated ones on the two cores:
 
     exact: 3.29 s for 8 pictures, 1.92 s freely: ratio 1.71
-    loop: 0.374 s for 20 of 64 rows, 0.359 s for a scan of 20: ratio 1.040
+    loop: 0.364 s for 20 of 64 rows, 0.355 s for a scan of 20: ratio 1.027
     devices: 4.67 pictures a second on one, 8.45 on 4: 1.81 times as many
 
-The bound of `loop`, 1.02, is missed at this size: the 44 rows that are left out cost a third of a millisecond each.
+The bound of `loop`, 1.02, is not shown at this size: 64 rows that are all left out take 2.3 ms, the rest is noise.
 Simulated devices share the cores; what they gain is that one device alone leaves the second core idle at times.
 """
 

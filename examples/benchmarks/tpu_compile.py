@@ -9,19 +9,26 @@ chips and the parameters whole on each. XLA's own TPU compiler optimises them fo
 Printed for each topology, batch (pictures at once on each chip) and program: seconds of compilation, bytes per chip of
 arguments and temporaries, and GFLOP per picture by the compiler's count; that of `paint` is for one step, beside two
 rows of the UNet by its products and convolutions. A batch that does not fit is refused by the compiler, which is
-printed, too. The exit status is 1 if a program holds a collective, or a full score matrix (all queries and keys of one
-attention, above 128 x 128).
+printed, too: the largest batch is worked out by a straight line through those compiled, and then compiled. The exit
+status is 1 if a program holds a collective, or a full score matrix (all queries and keys of one attention, above
+256 x 256). Where the optimised text cannot be read by this jaxlib, the text before optimisation is looked at instead.
 
 What this does not show: speed. It was compiled, not run.
 
-Compiled 2026-11-21 with jax 0.10.2 and libtpu 0.0.52 on two busy CPU cores, v5e:2x2, 1 picture at once on each chip;
-the guided step is 1,607.9 GFLOP. `paint` was given up after twenty minutes, `develop` and the other topologies were not
-reached: their figures are still to be taken.
+Compiled 2026-11-21 with jax 0.10.2 and libtpu 0.0.52 on one busy CPU core, v5e:2x2, 1 picture at once on each chip
+(16,911,433,728 bytes for programs); the guided step is 1,607.9 GFLOP, the kernel of attention counts what it fills up:
 
       program  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture
-    condition       40.7       284,521,472                   0               32.6
-    time_rows        8.1        55,789,056                   0                3.6
-        begin        1.9           296,960             212,992                0.0
+    condition        5.6       284,521,472                   0               32.6
+    time_rows        1.1        55,789,056                   0                3.6
+        begin        1.0           296,960             180,224                0.0
+        paint      539.0     1,645,606,400         230,211,584            1,775.4
+      develop      201.4        99,120,640         413,941,760            2,618.2
+
+No collective, no full score matrix. Without that kernel `paint` took 1,060.9 s, 664,289,280 bytes of temporaries and
+1,603.5 GFLOP. v6e:2x2 with 8 at once (33,543,694,581 bytes): `condition` 38.2 s, 284,528,640 and 7,323,648 bytes,
+32.9 GFLOP; its optimised text cannot be read by jaxlib 0.10.2. Its `paint`, larger batches and v5e:16x16 have not been
+waited for yet.
 """
 
 import argparse

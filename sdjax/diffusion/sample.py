@@ -81,6 +81,8 @@ def sample(
     """
 
     rows = jax.tree.map(jnp.asarray, rows)
+    if not rows.scale.shape[0]:
+        return x
 
     def body(carry: Carry, index: Array) -> tuple[Carry, None]:
         def run(carry: Carry) -> Carry:  # takes its row itself, so that a skipped one costs nothing
