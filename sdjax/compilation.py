@@ -19,7 +19,7 @@ from sdjax.config import ModelConfig
 from sdjax.diffusion.sample import image_keys
 from sdjax.diffusion.samplers import first_carry
 from sdjax.image import load_image
-from sdjax.models.params import abstract_part
+from sdjax.models.params import abstract_params
 from sdjax.pipeline import Pipeline
 from sdjax.request import Request, plan, size_of, stacked
 from sdjax.sharding import HERE, Placement
@@ -67,8 +67,8 @@ def programs_for(
     width, height = size_of(request, config, None if request.image is None else load_image(request.image).size)
     total, cell = batch * placement.shares, config.vae.downscale
 
-    def params(part: str) -> Params:
-        to, known = dtype_of(part, dtype), abstract_part(config, part) if shapes is None else shapes[part]
+    def of_part(part: str, known: Params) -> Params:
+        to = dtype_of(part, dtype)
         return jax.tree.map(lambda leaf: _struct(leaf.shape, to, placement.sharding(leaf)), known)
 
     def bound(tree: Any) -> Any:
@@ -77,10 +77,12 @@ def programs_for(
             return tree  # the programs say themselves where their arguments lie
         return jax.tree.map(lambda leaf: _struct(leaf.shape, leaf.dtype, placement.sharding(leaf)), tree)
 
-    of_model, unet = functions.programs(config, placement), params("unet")
+    of_model = functions.programs(config, placement)
+    params = {part: of_part(part, known) for part, known in (shapes or abstract_params(config)).items()}
+    text, unet = params["text"], params["unet"]
     ids = _struct((2, total, config.clip.length), jnp.int32)
     condition = partial(functions.condition, config=config, skip=request.clip_skip)
-    kv = bound(jax.eval_shape(condition, params("text"), unet, ids))
+    kv = bound(jax.eval_shape(condition, text, unet, ids))
     rows, counts = stacked([plan(request, config)] * total)
     timed = bound(jax.eval_shape(partial(functions.time_tables, config=config), unet, rows))
     row = jax.tree.map(lambda leaf: _struct(leaf.shape[1:], leaf.dtype, leaf.sharding), timed)
@@ -96,8 +98,8 @@ def programs_for(
     return {
         "paint": partial(of_model.paint.lower, unet, inputs, timed, counts, x, keys),
         "paint_row": partial(of_model.paint_row.lower, unet, inputs, keys, carry, row, index),
-        "develop": lambda: of_model.develop.lower(params("vae"), bound(x)),
-        "condition": lambda: of_model.condition(request.clip_skip).lower(params("text"), unet, ids),
+        "develop": partial(of_model.develop.lower, params["vae"], bound(x)),
+        "condition": partial(of_model.condition(request.clip_skip).lower, text, unet, ids),
         "begin": partial(of_model.begin.lower, keys, noise, yes, each, x, mask, yes),
         "time_rows": partial(of_model.time_rows.lower, unet, rows),
     }
@@ -141,7 +143,8 @@ def warm_up(pipe: Pipeline, width: int, height: int, batch: int) -> dict[str, fl
     with compilations() as seconds:
         with meanwhile() as start:
             request = Request("", width=width, height=height)
-            start(programs_for(request, pipe.config, batch, dtype=dtype, placement=pipe.placement).values())
+            known = dict(dtype=dtype, placement=pipe.placement, shapes=pipe.params)
+            start(programs_for(request, pipe.config, batch, **known).values())
         pipe.text_to_image("", **settings)
         pipe.text_to_image("", progress=lambda *_: None, **settings)
     return seconds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import jax
@@ -33,12 +32,11 @@ def written_for(name: str, function: Callable[..., Any], *, kernels: bool) -> Ca
     kernels are allowed.
     """
 
-    @wraps(getattr(function, "func", function), assigned=("__name__", "__qualname__"), updated=())
     def inside(*arguments: Any) -> Any:
         with use_platform(name), use_kernels(kernels):
             return function(*arguments)
 
-    del inside.__wrapped__  # type: ignore[attr-defined]  # which takes other arguments
+    inside.__name__ = getattr(function, "func", function).__name__  # programs are shown and kept under it
     return inside
 
 

@@ -107,15 +107,23 @@ def test_every_kind_of_attention_is_a_plain_softmax(platform, queries, keys, mon
 def test_flash_attention_is_a_plain_softmax_too(queries, keys, width):
     """JAX's kernel for TPUs, interpreted, with everything that has to be filled up or masked."""
     q, k, v = qkv(queries, keys, width=width, dtype="bfloat16")
+
+    def kernels(*inputs):
+        traced = jax.make_jaxpr(attention)(*inputs)
+        return sum(equation.primitive.name == "pallas_call" for equation in equations(traced.jaxpr))
+
     with use_platform("tpu"), use_kernels(True), pltpu.force_tpu_interpret_mode():
-        kernels = [e for e in equations(jax.make_jaxpr(attention)(q, k, v).jaxpr) if e.primitive.name == "pallas_call"]
         found = attention(q, k, v)
-    assert len(kernels) == 1
+        assert kernels(q, k, v) == 1
     assert found.dtype == "bfloat16"
     expected = plain_attention(q, k, v)
     assert np.abs(np.asarray(found, np.float64) - expected).max() < 3 * HALVES["bfloat16"] * np.abs(v).max()
     with use_platform("tpu"), use_kernels(True):
-        assert attention(*(x.astype(np.float32) for x in (q, k, v))).dtype == np.float32, "bfloat16 alone"
+        single = [x.astype(np.float32) for x in (q, k, v)]
+        assert attention(*single).dtype == np.float32
+        assert kernels(*single) == 0, "bfloat16 alone"
+    with use_platform("tpu"):
+        assert kernels(q, k, v) == 0, "only where they are allowed"
 
 
 def test_kinds_without_chunks_agree_too():

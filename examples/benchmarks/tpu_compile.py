@@ -90,7 +90,7 @@ def guided_step() -> int:
     )
 
 
-def exhausted(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:
+def try_to_compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:
     """The compiled program; or None where the compiler refuses it for want of memory, and what it says."""
     try:
         return lowered.compile(), ""
@@ -107,7 +107,7 @@ def memory_of(device: Any) -> int:
         RuntimeError: it said something else.
     """
     huge = jax.ShapeDtypeStruct((2**36,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
-    _, reason = exhausted(jax.jit(lambda x: x + 1).lower(huge))
+    _, reason = try_to_compile(jax.jit(lambda x: x + 1).lower(huge))
     found = re.search(r"available HBM \(([\d.]+)([GM])\)", reason)
     if found is None:
         raise RuntimeError(f"the compiler does not say how much memory there is: {reason[:300]!r}")
@@ -131,7 +131,7 @@ def measured(name: str, lower: Lower, pictures: int) -> Measured | None:
     """Compiles a program and prints its line; None if it does not fit."""
     lowered = lower()
     start = time.perf_counter()
-    program, refusal = exhausted(lowered)
+    program, refusal = try_to_compile(lowered)
     if program is None:
         print(f"{name:>9}  does not fit: {refusal[:200]}", flush=True)
         return None

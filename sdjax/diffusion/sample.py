@@ -113,6 +113,7 @@ def row_by_row(
     run: Callable[[Carry, Rows, Any], Carry], rows: Rows, x: Latent, inputs: Any, count: int | None = None
 ) -> Iterator[tuple[Latent, Latent]]:
     """`stream` for a compiled step: `run` takes (carry, row, index i32[]). inputs: what is bound in it."""
+    rows = jax.tree.map(jnp.asarray, rows)  # to the device once
     carry = _bound_like(first_carry(x), inputs)
     for index in map(np.int32, range(rows.scale.shape[0] if count is None else count)):
         carry = run(carry, _row(rows, index), index)

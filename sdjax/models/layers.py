@@ -245,11 +245,10 @@ def _flash_attention(q: Array, k: Array, v: Array) -> Array:
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
 
     b, length, _, d = q.shape
-    keys, width = k.shape[1], d if d <= TPU_LANES else -(-d // TPU_LANES) * TPU_LANES
+    keys, wider = k.shape[1], -d % TPU_LANES if d > TPU_LANES else 0
 
     def filled(x: Array) -> Array:
-        rows = -(-x.shape[1] // TPU_LANES) * TPU_LANES
-        return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, width - d))).swapaxes(1, 2)
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TPU_LANES), (0, 0), (0, wider))).swapaxes(1, 2)
 
     q, k, v = filled(q), filled(k), filled(v)
     block_q, block_k = (math.gcd(x.shape[2], TPU_BLOCK) for x in (q, k))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from threading import Lock
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +19,13 @@ from sdjax.types import Array, Params
 PARTS = ("text", "vae", "unet")
 
 
+@lru_cache(maxsize=16)
 def abstract_params(config: ModelConfig) -> Params:
     """{"text", "vae", "unet"}: nested dicts of float32 jax.ShapeDtypeStruct; nothing is computed.
 
-    The parts are cached: do not change them.
+    The result is cached: do not change it.
     """
-    return {part: abstract_part(config, part) for part in PARTS}
-
-
-def abstract_part(config: ModelConfig, part: str) -> Params:
-    """One part of `abstract_params`."""
-    with _one_thread:
-        return _traced(config, part)
-
-
-_one_thread = Lock()  # of two that ask for the same, the second finds it in the cache
-
-
-@lru_cache(maxsize=48)
-def _traced(config: ModelConfig, part: str) -> Params:
-    return jax.eval_shape(partial(_init, config, part), jax.random.key(0))
+    return {part: jax.eval_shape(partial(_init, config, part), jax.random.key(0)) for part in PARTS}
 
 
 def _init(config: ModelConfig, part: str, key: Array) -> Params:
