@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sdjax.config import ModelConfig
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
-from sdjax.request import BATCH, NOISES, STRENGTH, Request, check_settings, parse_size
+from sdjax.request import BATCH, NOISES, STRENGTHS, Request, check_settings, parse_size
 from sdjax.train import command as train_command
 from sdjax.types import Params
 
@@ -48,7 +48,6 @@ DEFAULTS: dict[str, Any] = {
     "image": None,
     "mask": None,
 }
-STRENGTHS = {"img2img": STRENGTH, "inpaint": 1.0}
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

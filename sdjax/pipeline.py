@@ -23,7 +23,18 @@ from sdjax.config import ModelConfig
 from sdjax.diffusion.sample import image_keys, row_by_row
 from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.functions import Batch, encode_images, inpainting_channels, programs
-from sdjax.request import BATCH, SAMPLING, Plan, Request, check_settings, filled_in, plan, size_of, stacked
+from sdjax.request import (
+    BATCH,
+    SAMPLING,
+    STRENGTHS,
+    Plan,
+    Request,
+    check_settings,
+    filled_in,
+    plan,
+    size_of,
+    stacked,
+)
 from sdjax.sharding import HERE, Placement, over
 from sdjax.tokenizer import Tokenizer
 from sdjax.types import Array, Latent, Params
@@ -132,7 +143,7 @@ class Pipeline:
         image: images.ImageLike,
         negative_prompt: str = "",
         *,
-        strength: float = 0.75,
+        strength: float = STRENGTHS["img2img"],
         width: int | None = None,
         height: int | None = None,
         noise: str | Array = "jax",
@@ -152,7 +163,7 @@ class Pipeline:
         mask: images.ImageLike,
         negative_prompt: str = "",
         *,
-        strength: float = 1.0,
+        strength: float = STRENGTHS["inpaint"],
         width: int | None = None,
         height: int | None = None,
         noise: str | Array = "jax",

@@ -66,8 +66,8 @@ class Request:
     id: str = ""
 
 
-STRENGTH = 0.75
-"""Of a picture without a mask, when nothing is said."""
+STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
+"""How much of a picture is changed when nothing is said."""
 
 
 def parse_size(text: Any) -> tuple[int, int]:
@@ -87,7 +87,8 @@ def filled_in(request: Request, own: SamplingConfig) -> Request:
     own_settings = {name: getattr(own, name) for name in ("steps", "guidance", "sampler", "spacing")}
     settings = {name: value for name, value in own_settings.items() if getattr(request, name) is None}
     if request.strength is None:
-        settings["strength"] = STRENGTH if request.image is not None and request.mask is None else 1.0
+        task = "img2img" if request.image is not None and request.mask is None else "inpaint"
+        settings["strength"] = STRENGTHS[task]  # without a picture all is made anew, too
     return dataclasses.replace(request, **settings)
 
 

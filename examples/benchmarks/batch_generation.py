@@ -5,7 +5,7 @@
 
 Every line is the median over rounds that take turns. Measures (--only takes one of these names):
     recompiles   compilations while 50 random settings are drawn, after the first picture
-    loop         `generate_latents`, bounded at 64 rows, beside a scan of exactly as many rows as the picture needs
+    loop         `generate_latents`, bounded at 64 rows, beside a scan of exactly as many rows as the pictures need
     exact        `pipe.on(exact=True)` beside the default
     devices      all devices beside one of them, as many pictures on each; simulated ones share the cores of one CPU
     job          `sdjax batch` beside a loop over single pictures in the same process, files included; and beside
@@ -45,6 +45,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,29 +107,30 @@ def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
 
 def loop(pipe: Pipeline, options: argparse.Namespace) -> None:
     config, unet = pipe.config, pipe.params["unet"]
-    ids = pipe.tokenizer(["", "red heart"], config.clip.length, config.clip.pad_token)
-    kv = text_kv(unet, encode_text(pipe.params["text"], ids, config=config), config=config)
+    side = config.image_size // config.vae.downscale
     request = Request("red heart", steps=options.steps, sampler="dpmpp_2m")
     worked_out = plan(request, config)
-    rows, counts = stacked([worked_out])
-    rows = time_tables(unet, rows, config=config)
-    side, keys = config.image_size // config.vae.downscale, image_keys([0])
-    shape = (1, side, side, config.vae.latent_channels)
-    x = initial_noise(keys, shape[1:]) * np.float32(np.sqrt(worked_out.sigma**2 + 1))
-    zeros, ones = np.zeros(shape, np.float32), np.ones((*shape[:3], 1), np.float32)
-    inputs = Inputs(unet, kv, zeros, ones, zeros[..., : config.unet.in_channels - config.unet.out_channels])
     static = jax.jit(lambda inputs, rows, x, keys: sample(MakeDenoiser(config), inputs, rows, x, keys))
-    needed = jax.tree.map(lambda leaf: leaf[: worked_out.calls], rows)
-    bounded_seconds, static_seconds = in_turns(
-        options.rounds,
-        lambda: generate_latents(inputs, rows, counts, x, keys, config=config),
-        lambda: static(inputs, needed, x, keys),
-    )
-    print(
-        f"loop: {bounded_seconds:.3f} s for {worked_out.calls} of {len(rows.scale)} rows, {static_seconds:.3f} s for a "
-        f"scan of {worked_out.calls}: ratio {bounded_seconds / static_seconds:.3f}",
-        flush=True,
-    )
+    for count in (1, BATCH):
+        ids = pipe.tokenizer([""] * count + [request.prompt] * count, config.clip.length, config.clip.pad_token)
+        kv = text_kv(unet, encode_text(pipe.params["text"], ids, config=config), config=config)
+        rows, counts = stacked([worked_out] * count)
+        rows, keys = time_tables(unet, rows, config=config), image_keys(range(count))
+        shape = (count, side, side, config.vae.latent_channels)
+        x = initial_noise(keys, shape[1:]) * np.float32(np.sqrt(worked_out.sigma**2 + 1))
+        zeros, ones = np.zeros(shape, np.float32), np.ones((*shape[:3], 1), np.float32)
+        inputs = Inputs(unet, kv, zeros, ones, zeros[..., : config.unet.in_channels - config.unet.out_channels])
+        needed = jax.tree.map(lambda leaf: leaf[: worked_out.calls], rows)
+        bounded_seconds, static_seconds = in_turns(
+            options.rounds,
+            partial(generate_latents, inputs, rows, counts, x, keys, config=config),
+            partial(static, inputs, needed, x, keys),
+        )
+        print(
+            f"loop: {bounded_seconds:.3f} s for {worked_out.calls} of {len(rows.scale)} rows, {static_seconds:.3f} s "
+            f"for a scan of {worked_out.calls}, pictures at once {count}: ratio {bounded_seconds / static_seconds:.3f}",
+            flush=True,
+        )
 
 
 def exact(pipe: Pipeline, options: argparse.Namespace) -> None:

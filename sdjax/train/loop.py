@@ -47,6 +47,9 @@ from sdjax.train.tasks import Task
 LOG_EVERY = 50
 """Updates between lines of metrics.jsonl; each is the mean over them."""
 
+SLICE = 2**20
+"""Bytes from which devices that hold the same array save a slice of it each; of small ones one saves the whole."""
+
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (updates done, updates in all, the last metrics)."""
 
@@ -85,8 +88,11 @@ def train(
     run = jit_step(step if settings.scan == 1 else scanned(step), placement)
     rows = batch_sharding(mesh, scanned=settings.scan > 1)
 
-    policy = ocp.training.preservation_policies.LatestN(2)
-    with ocp.training.Checkpointer(out / "state", preservation_policy=policy, cleanup_tmp_directories=True) as states:
+    context, policy = ocp.Context(), ocp.training.preservation_policies.LatestN(2)
+    context.array.saving.min_slice_bytes_for_replica_parallel = SLICE
+    with ocp.training.Checkpointer(
+        out / "state", context=context, preservation_policy=policy, cleanup_tmp_directories=True
+    ) as states:
         if states.latest is None:
             state = jax.device_put(initial_state(task.params, update), placement)
         else:

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sdjax.train.losses import Metrics
 from sdjax.types import Array, Params
 
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""Turns off one of XLA's libraries, whose gradients of convolutions take 1.5 times as long as XLA's own."""
+UPDATE_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""On a CPU: turns off one of XLA's libraries, whose gradients of convolutions take 1.5 times as long as XLA's own."""
 
 Loss = Callable[[Params, Any, Any, Array], tuple[Array, Metrics]]
 """(parameters, frozen parameters, batch, key) -> (f32[], metrics f32[] by name)."""
@@ -174,5 +174,5 @@ def batch_sharding(mesh: Mesh, *, scanned: bool = False, axis: str = "data") -> 
 def jit_step(step: Callable[..., tuple[TrainState, Metrics]], sharding: Any = None) -> Any:
     """`step` compiled, its state donated and, with `sharding` from `state_sharding`, kept where it lies."""
     placed = None if sharding is None else (sharding, None)
-    options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    options = UPDATE_OPTIONS if jax.default_backend() == "cpu" else None
     return jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=options)
