@@ -12,23 +12,19 @@ Every line is the median over rounds that take turns. Measures (--only takes one
                  `Pipeline.batch` without files, which tells how long the device is idle
     start        the first picture of a fresh process, with nothing kept and with programs kept, and one more picture
 
-The model in the box on two cores of an AMD EPYC (Zen 3), 2026-11-21, jax 0.10.2, --rounds 3, other work stopped; but
-for `start` before guidance on CPUs took its two prompts in turn:
+The model in the box on two cores of an AMD EPYC (Zen 3), 2026-11-22, jax 0.10.2, --rounds 3, `loop` with 24 and
+`devices` with four simulated ones; a noisy machine, where the same thing twice differed by up to 12 %:
 
-    recompiles: 9 programs in the first 25.4 s; then 0 in 50 settings (10.6 s)
-    loop: 0.227 s for 20 of 64 rows, 0.219 s for a scan of 20: ratio 1.037
-    exact: 2.21 s for 8 pictures, 1.32 s freely: ratio 1.68
-    job: 5.82 pictures a second by sdjax batch, 3.49 one after another: 1.67 times as many; 6.04 without recipes and
-        files, so that the device waits 3.7% of the time for them
-    start: first picture after 14.8 s, with programs kept 5.7 s, one more takes 0.45 s: 33 and 13 times that
+    recompiles: 8 programs in the first 11.9 s; then 0 in 50 settings (11.3 s)
+    loop: 0.388 s for 20 of 64 rows, 0.401 s for a scan of 20, pictures at once 1: ratio 0.968
+    loop: 1.246 s for 20 of 64 rows, 1.276 s for a scan of 20, pictures at once 8: ratio 0.976
+    exact: 3.51 s for 8 pictures, 1.81 s freely: ratio 1.94
+    devices: 5.97 pictures a second on one, 10.54 on 4: 1.77 times as many
+    job: 5.22 pictures a second by sdjax batch, 2.78 one after another: 1.87 times as many; 5.62 without recipes and
+        files, so that the device waits 7.1% of the time for them
+    start: first picture after 14.2 s, with programs kept 7.3 s, one more takes 0.37 s: 39 and 20 times that
 
-After that change `exact` again, 30 rounds of `loop`, and `devices` with four simulated ones on the two cores:
-
-    exact: 3.29 s for 8 pictures, 1.92 s freely: ratio 1.71
-    loop: 0.364 s for 20 of 64 rows, 0.355 s for a scan of 20: ratio 1.027
-    devices: 4.67 pictures a second on one, 8.45 on 4: 1.81 times as many
-
-The bound of `loop`, 1.02, is not shown at this size: 64 rows that are all left out take 2.3 ms, the rest is noise.
+The bound of `loop` is 1.02; four rounds before gave 1.002 and 1.006, three rounds in between 0.94 and 1.08.
 Simulated devices share the cores; what they gain is that one device alone leaves the second core idle at times.
 """
 
