@@ -136,6 +136,8 @@ def _line(number: int, fields: dict[str, Any]) -> Line:
     fields = {name: value for name, value in fields.items() if value is not None}
     if "prompt" not in fields:
         raise ValueError("the prompt is missing")
+    if not isinstance(fields["prompt"], str):
+        raise ValueError(f"prompt must be a string, found {fields['prompt']!r}")
     name = fields.pop("id", f"{number:07d}")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII):
         raise ValueError(f"id must be up to 100 letters, digits, '.', '_' and '-', found {name!r}")
