@@ -42,7 +42,8 @@ bytes (1,540.2 GFLOP, compiled in 2,005.6 s), and fits. By the line through 8 an
 for.
 
 v6e:2x2 (33,543,694,581 bytes for programs), 1 at once: the bytes of v5e:16x16, but for 222,576,640 of temporaries in
-`paint`, which compiled in 2,675.8 s (1,774.9 GFLOP), condition, time_rows and begin in 7.4, 0.9 and 0.8 s.
+`paint`, which compiled in 2,675.8 s (1,774.9 GFLOP), and 823,705,600 in `develop` (513.9 s, 2,618.4 GFLOP); condition,
+time_rows and begin took 7.4, 0.9 and 0.8 s. More pictures at once were not waited for there.
 """
 
 import argparse
