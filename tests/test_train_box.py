@@ -17,7 +17,7 @@ from tests.small import MINI
 from tests.test_train_loop import VISION, write_pictures
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FEW = Settings(steps=4, batch=4, warmup=1, decay=2, save_every=4, sample_every=4)
+FEW = Settings(steps=4, batch=4, warmup=1, decay=2, save_every=2, sample_every=4)
 
 
 @pytest.fixture

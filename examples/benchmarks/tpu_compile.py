@@ -200,8 +200,10 @@ def main() -> None:
             refused = math.inf
             while (batch := min(next_batch(paint, memory), refused - 8)) > max(paint):
                 fits = measure(topology, devices, batch, ["paint"])
-                paint |= {batch: fits["paint"]} if fits else {}
-                refused = refused if fits else batch
+                if fits:
+                    paint[batch] = fits["paint"]
+                else:
+                    refused = batch
             print(f"{topology}: {max(paint)} pictures at once on each chip fit", flush=True)
     print("\n".join(bad) or "no collective, no full score matrix")
     raise SystemExit(bool(bad))
