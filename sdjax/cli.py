@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: console.print(f"sdjax: note: {message}", markup=False)
+        warnings.showwarning = _note
         try:
             if not getattr(options, "no_compile_cache", True):
                 _keep_programs()
@@ -67,6 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             console.print("sdjax: interrupted; what was made so far is kept", markup=False)
             return 130
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    from sdjax.compilation import drop_damaged
+    from sdjax.load import programs_folder
+
+    if drop_damaged(programs_folder(), str(message)):
+        message = f"a compiled program in {programs_folder()} was damaged; it is compiled and kept anew"
+    console.print(f"sdjax: note: {message}", markup=False)
 
 
 def _keep_programs() -> None:

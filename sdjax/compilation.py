@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -39,6 +40,17 @@ def keep_programs(folder: Path) -> None:
     """
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+
+
+def drop_damaged(folder: Path, warning: str) -> bool:
+    """Whether JAX warns of a program in `folder` that cannot be read: one that a kill cut off while it was written.
+
+    All of its name are thrown away, since JAX neither says which it was nor writes over it; it is then kept anew.
+    """
+    found = re.search(r"Error reading persistent compilation cache entry for '(\w+)'", warning)
+    for path in folder.glob(f"{found[1]}-*-cache") if found else ():
+        path.unlink(missing_ok=True)
+    return found is not None
 
 
 Lower = Callable[[], jax.stages.Lowered]

@@ -33,7 +33,7 @@ def command(cache, *arguments):
     return subprocess.run(full, env=environment, capture_output=True, text=True, check=True)
 
 
-def test_the_second_process_compiles_nothing(model, tmp_path):
+def test_the_second_process_compiles_only_what_is_damaged(model, tmp_path):
     settings = ["--model", model, "--size", "16x16"]
     warm = command(tmp_path, "warmup", *settings)
     lines = warm.stdout.splitlines()
@@ -46,6 +46,12 @@ def test_the_second_process_compiles_nothing(model, tmp_path):
     assert picture.stderr == "", "XLA has nothing to say about programs from the cache"
     assert {path.name for path in (tmp_path / "programs").glob("*-cache")} == kept
     assert Path(tmp_path / "cat.png").is_file()
+    (step,) = (tmp_path / "programs").glob("jit_paint_row-*-cache")
+    size = step.stat().st_size
+    os.truncate(step, size // 2)  # as a kill leaves it
+    again = command(tmp_path, "txt2img", "a cat", *settings, "--steps", "3", "-o", str(tmp_path / "cat.png"))
+    assert "was damaged; it is compiled and kept anew" in again.stderr
+    assert step.stat().st_size > size // 2
 
 
 def test_the_cache_can_be_left_out(model, tmp_path):
