@@ -179,8 +179,9 @@ def run(
     with (
         Job(out / "jobs.jsonl", pipe.config.sampling) as job,
         Manifest(out, share) as manifest,
-        open(share.failures(out), "wb") as failures,
+        open(share.failures(out), "wb", buffering=0) as failures,
         ThreadPoolExecutor() as pool,
+        ThreadPoolExecutor(1) as writing,  # Ctrl-C does not reach a thread: a picture and its line are written together
     ):
         writer = (Shards if shards else Files)(out, suffix, manifest)
         pictures, lines = job.share(share)
@@ -211,10 +212,9 @@ def run(
             nonlocal made
             picture, number = places[request.id]
             try:
-                where = writer.add(request.id, data.result(), recipe)
                 digest = hashlib.sha256(data.result()).hexdigest()
                 entry = {"picture": picture, "id": request.id, "line": number, "seed": request.seed, "sha256": digest}
-                manifest.add({**entry, **where, "settings": json.loads(recipe.to_json())})
+                writing.submit(writer.add, entry, data.result(), recipe).result()
                 del places[request.id]
                 made += 1
             except (OSError, ValueError) as error:

@@ -11,8 +11,9 @@ import re
 import tarfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from sdjax.checkpoint import new_file
 from sdjax.hosts import ALONE, Share
@@ -49,7 +50,7 @@ class Manifest(AbstractContextManager["Manifest"]):
                     whole += len(text)
             if self._is_ours(path):
                 os.truncate(path, whole)
-        self.file = open(self.own, "ab")  # noqa: SIM115
+        self.file = open(self.own, "ab", buffering=0)  # noqa: SIM115
 
     def _is_ours(self, path: Path) -> bool:
         """Whether this process looks after a file: its own, or one of a process that is no longer there."""
@@ -70,10 +71,12 @@ class Manifest(AbstractContextManager["Manifest"]):
             with new_file(path, force=True) as temporary, open(path, "rb") as old, open(temporary, "wb") as new:
                 new.writelines(text for text in old if json.loads(text)["picture"] not in gone)
         self.entries = {picture: entry for picture, entry in self.entries.items() if picture not in gone}
-        self.file = open(self.own, "ab")  # noqa: SIM115
+        self.file = open(self.own, "ab", buffering=0)  # noqa: SIM115
 
-    def add(self, entry: dict[str, Any]) -> None:
-        append(self.file, (json.dumps(entry, ensure_ascii=False) + "\n").encode())
+    def add(self, entry: dict[str, Any], recipe: Recipe) -> None:
+        """A picture's line: `entry` and the settings of its recipe."""
+        line = entry | {"settings": json.loads(recipe.to_json())}
+        append(self.file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
 def number_of(stem: str) -> int:
@@ -82,14 +85,16 @@ def number_of(stem: str) -> int:
     return int(numbers[0]) if len(numbers) > ("shard" in stem) else 0
 
 
-def append(file: IO[bytes], data: bytes) -> None:
-    """All of `data`, or none of it and an OSError."""
-    before = os.fstat(file.fileno()).st_size
+def append(file: FileIO, data: bytes) -> None:
+    """All of `data` at the end of a file, or none of it and an OSError. The file is unbuffered: a buffer would write
+    later what did not fit now.
+    """
+    before, rest = file.seek(0, os.SEEK_END), memoryview(data)
     try:
-        file.write(data)
-        file.flush()
+        while rest:
+            rest = rest[file.write(rest) :]
     except OSError:
-        os.ftruncate(file.fileno(), before)
+        file.truncate(before)
         raise
 
 
@@ -97,29 +102,31 @@ class Files:
     """A file for each picture."""
 
     def __init__(self, out: Path, suffix: str, manifest: Manifest) -> None:
-        self.out, self.suffix = out, suffix
+        self.out, self.suffix, self.manifest = out, suffix, manifest
         there = {entry.name for entry in os.scandir(out)}
         manifest.keep(lambda file, _: file in there)
 
-    def add(self, name: str, data: bytes, recipe: Recipe) -> dict[str, Any]:
-        path = self.out / f"{name}{self.suffix}"
+    def add(self, entry: dict[str, Any], data: bytes, recipe: Recipe) -> None:
+        """Writes a picture, then its line."""
+        path = self.out / f"{entry['id']}{self.suffix}"
         if path.exists() and not has_recipe(path):
             raise FileExistsError(f"{path} is already there and was not made by sdjax; move it away")
         with new_file(path, force=True) as temporary:
             temporary.write_bytes(data)
-        return {"file": path.name}
+        self.manifest.add(entry | {"file": path.name}, recipe)
 
     def close(self) -> None:
         pass
 
 
 class Shards:
-    """WebDataset: NAME.png and NAME.json, `SHARD` pictures to a shard-000000.tar. One that is not full yet ends in
-    .partial; its length after each picture is in the manifest, so that a kill in between is cut off.
+    """WebDataset: NAME.png and NAME.json, `SHARD` pictures to a shard-000000.tar. Its name ends in .partial until it is
+    full and the last picture's line is written; its length after each picture is in the manifest, so that what a kill
+    left after that is cut off.
     """
 
     def __init__(self, out: Path, suffix: str, manifest: Manifest) -> None:
-        self.out, self.suffix, self.tag = out, suffix, manifest.share.tag
+        self.out, self.suffix, self.manifest, self.tag = out, suffix, manifest, manifest.share.tag
         ends: dict[str, list[int]] = {}
         for file, end in manifest.entries.values():
             ends.setdefault(file, []).append(end)
@@ -131,16 +138,18 @@ class Shards:
         manifest.keep(lambda file, end: end <= lengths.get(file, -1))
         own = [file for file in ends if file.startswith(f"shard{self.tag}-") and len(file) == len(self._name(0))]
         self.number = 1 + max((int(file[-10:-4]) for file in own), default=-1)
-        self.count, self.file = 0, cast(IO[bytes] | None, None)
-        left = [file for file in ends if self._partial(file).exists()]
+        self.count, self.file = 0, cast(FileIO | None, None)
+        left = [path.stem for path in out.glob("shard*.tar.partial")]
         for file in sorted(left, key=lambda file: (file in own, file)):  # the last one of its own it goes on with
             if number_of(file) % manifest.share.processes != manifest.share.process:
                 continue
             self.close()
+            if file not in ends:
+                self._partial(file).unlink()
+                continue
             self.at, self.count = file, sum(end <= lengths[file] for end in ends[file])
-            self.file = open(self._partial(file), "r+b")  # noqa: SIM115
+            self.file = open(self._partial(file), "r+b", buffering=0)  # noqa: SIM115
             self.file.truncate(max((end for end in ends[file] if end <= lengths[file]), default=0))
-            self.file.seek(0, os.SEEK_END)
             if file not in own:
                 self.close()
 
@@ -150,24 +159,29 @@ class Shards:
     def _partial(self, file: str) -> Path:
         return self.out / f"{file}.partial"
 
-    def add(self, name: str, data: bytes, recipe: Recipe) -> dict[str, Any]:
-        if self.file is None:
-            self.at, self.number = self._name(self.number), self.number + 1
-            self.file = open(self._partial(self.at), "wb")  # noqa: SIM115
-        members = {self.suffix: data, ".json": recipe.to_json().encode()}
-        append(self.file, b"".join(_member(name + suffix, content) for suffix, content in members.items()))
-        self.count += 1
-        added = {"file": self.at, "end": self.file.tell()}
+    def add(self, entry: dict[str, Any], data: bytes, recipe: Recipe) -> None:
+        """Writes a picture, then its line; without the line the picture is taken back."""
         if self.count == SHARD:
             self.close()
-        return added
+        if self.file is None:
+            self.at, self.number = self._name(self.number), self.number + 1
+            self.file = open(self._partial(self.at), "wb", buffering=0)  # noqa: SIM115
+        before = self.file.seek(0, os.SEEK_END)
+        members = {self.suffix: data, ".json": recipe.to_json().encode()}
+        append(self.file, b"".join(_member(entry["id"] + suffix, content) for suffix, content in members.items()))
+        try:
+            self.manifest.add(entry | {"file": self.at, "end": self.file.tell()}, recipe)
+        except OSError:
+            self.file.truncate(before)
+            raise
+        self.count += 1
 
     def close(self) -> None:
         if self.file is None:
             return
         append(self.file, bytes(2 * tarfile.BLOCKSIZE))
-        self.file.close()
         self._partial(self.at).rename(self.out / self.at)
+        self.file.close()
         self.count, self.file = 0, None
 
 

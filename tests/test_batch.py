@@ -1,7 +1,6 @@
 """Jobs: what a line may say, that every picture is made exactly once whatever happens, and what is reported."""
 
 import dataclasses
-import errno
 import hashlib
 import io
 import itertools
@@ -24,13 +23,13 @@ from PIL import Image
 
 from sdjax import batch, cli, job_file, outputs
 from sdjax.checkpoint import save
-from sdjax.hosts import Share
 from sdjax.models.params import random_params
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import read_recipe
 from sdjax.request import Request
 from sdjax.tokenizer import clip_tokenizer
 from tests.small import SMALL
+from tests.test_outputs import Full, check_whole
 
 ONE = dict(steps=2, width=16, height=16)
 LINES = [
@@ -275,28 +274,45 @@ def test_a_picture_of_nan_is_reported_and_not_written(pipe, here):
 
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_full_disk_costs_only_what_did_not_fit(pipe, here, monkeypatch, shards):
-    """The third append to any file writes half and fails."""
     appends = itertools.count()
     append = outputs.append
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def fileno(self):
-            return self.file.fileno()
-
-        def write(self, data):
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(outputs, "append", lambda file, data: append(Full(file) if next(appends) == 2 else file, data))
+    monkeypatch.setattr(outputs, "append", lambda file, data: append(Full(file) if next(appends) == 3 else file, data))
     reports = []
     assert made(pipe, here, report=lambda *r: reports.append(r), shards=shards) == (5, 0, 1)
     assert "No space left on device" in reports[0][1]
     assert made(pipe, here, shards=shards) == (1, 5, 0)
-    assert len({entry["picture"] for entry in manifest(here)}) == len(manifest(here)) == 6
+    check_whole(here, 6)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_interruption_leaves_no_picture_without_its_line(at, pipe, here, monkeypatch):
+    """Ctrl-C while a picture is appended to a shard, and while its line is to the manifest; others wait behind it."""
+    appends, append, encoded = itertools.count(), outputs.append, batch.encoded
+
+    def interrupted(file, data):
+        if next(appends) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        append(file, data)
+
+    def slowly(*arguments):
+        time.sleep(0.2)
+        return encoded(*arguments)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(outputs, "append", interrupted)
+            patch.setattr(batch, "encoded", slowly)
+            patch.setattr(batch, "ENCODING", 1)
+            with pytest.raises(KeyboardInterrupt):
+                made(pipe, here, shards=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    done = len(manifest(here))
+    assert 2 <= done < 6
+    assert made(pipe, here, shards=True) == (6 - done, done, 0)
+    check_whole(here, 6)
 
 
 def test_foreign_files_are_not_replaced(pipe, here):
@@ -349,26 +365,6 @@ def until_at_work(process):
     pytest.fail("the process ended before it began")
 
 
-def check_whole(out, count):
-    """Every picture is there exactly once, and is the one that its line in a manifest says."""
-    entries = [json.loads(line) for path in out.glob("manifest*.jsonl") for line in path.read_text().splitlines()]
-    assert sorted(entry["picture"] for entry in entries) == list(range(count))
-    assert len({entry["id"] for entry in entries}) == count
-    files = {}
-    for path in out.iterdir():
-        if path.suffix == ".tar":
-            with tarfile.open(path) as tar:
-                members = [member for member in tar if member.name.endswith(".png")]
-                assert not set(files) & {member.name for member in members}
-                files |= {member.name: tar.extractfile(member).read() for member in members}
-        elif path.suffix == ".png":
-            files[path.name] = path.read_bytes()
-    assert len(files) == count
-    for entry in entries:
-        assert hashlib.sha256(files[f"{entry['id']}.png"]).hexdigest() == entry["sha256"]
-    assert not [path.name for path in out.iterdir() if "partial" in path.name]
-
-
 @pytest.mark.parametrize("kind", ["files", "shards"])
 def test_a_job_that_is_killed_ten_times_makes_every_picture_exactly_once(tmp_path, kind):
     count, dice, kills = 400, random.Random(0), 0
@@ -388,21 +384,6 @@ def test_a_job_that_is_killed_ten_times_makes_every_picture_exactly_once(tmp_pat
     assert "failed=0" in output
     assert 0 < int(output.split("before=")[1].split(",")[0]) < count, "the kills struck in the middle"
     check_whole(tmp_path / "out", count)
-
-
-@pytest.mark.parametrize("left", [b'{"picture": 2, "fi', b'{"picture": 2, "file": "c.png"}'])
-def test_half_a_line_is_cut_off_in_every_manifest_that_a_process_looks_after(tmp_path, left):
-    """Of two processes the first has the manifests 0 and 2, and leaves the second's alone."""
-    lines = [json.dumps({"picture": i, "file": name}).encode() + b"\n" for i, name in enumerate(["a.png", "b.png"])]
-    names = ["manifest.jsonl", "manifest-0001.jsonl", "manifest-0002.jsonl"]
-    for name in names:
-        (tmp_path / name).write_bytes(b"".join(lines) + left)
-    with outputs.Manifest(tmp_path, Share(0, 2)) as found:
-        assert found.entries == {0: ("a.png", 0), 1: ("b.png", 0)}
-        found.keep(lambda file, _: file == "b.png")
-        assert found.entries == {1: ("b.png", 0)}
-    contents = [(tmp_path / name).read_bytes() for name in names]
-    assert contents == [lines[1], b"".join(lines) + left, lines[1]]
 
 
 @pytest.mark.parametrize(("processes", "kind"), [(2, "files"), (4, "shards")])
