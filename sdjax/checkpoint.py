@@ -86,7 +86,12 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         if path.is_dir() and not path.is_symlink():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             path.rename(old / path.name)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                (old / path.name).rename(path)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             path.unlink(missing_ok=True)

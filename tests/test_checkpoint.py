@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -113,6 +114,21 @@ def test_failing_leaves_the_old_checkpoint_and_nothing_else(copied):
         checkpoint.save(copied, TINY, params, force=True)
     assert [path.name for path in copied.parent.iterdir()] == ["m"]
     checkpoint.restore(copied)
+
+
+def test_an_interruption_in_the_last_step_leaves_the_old_checkpoint_in_its_place(copied, monkeypatch):
+    rename = Path.rename
+    (copied / "mine.txt").touch()
+
+    def interrupted(path, to):
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), checkpoint.new_folder(copied, force=True):
+        patch.setattr(Path, "rename", interrupted)
+    assert [path.name for path in copied.parent.iterdir()] == ["m"]
+    assert (copied / "mine.txt").exists()
 
 
 def test_a_tree_of_another_model_is_refused(tmp_path, tiny_params):
