@@ -6,10 +6,14 @@ converted once into a cache of our own checkpoints, so that the second start onl
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -186,18 +190,36 @@ def converted(
 ) -> Path:
     """The checkpoint of ours that a foreign model was converted to, now or at an earlier start.
 
-    It is known by the paths, sizes and times of the files; weights keep their stored dtype.
+    It is known by the paths, sizes and times of the files; weights keep their stored dtype. Of several processes one
+    converts, and the others wait for it.
     """
     sources = [Path(source) for source in (path, vae, text_encoder) if source is not None]
     key = hashlib.sha256(repr([CACHE_VERSION, [_fingerprint(source) for source in sources]]).encode()).hexdigest()
     name = re.sub(r"[^\w.-]", "_", path.resolve().name)[:60]
     target = cache_folder() / "converted" / f"{name}-{key[:16]}"
-    if not checkpoint.is_checkpoint(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        options = dict(vae=vae, text_encoder=text_encoder, dtype="keep", progress=progress)
-        with convert.lazy(path, **options) as result:  # type: ignore[arg-type]
-            checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
+    if checkpoint.is_checkpoint(target):
+        return target
+    with _alone_in(target.parent):
+        if not checkpoint.is_checkpoint(target):
+            options = dict(vae=vae, text_encoder=text_encoder, dtype="keep", progress=progress)
+            with convert.lazy(path, **options) as result:  # type: ignore[arg-type]
+                checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
     return target
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time, which first clears away the unfinished checkpoints that killed ones left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name("converting.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            warnings.warn("another process is converting a model; waiting for it to end", stacklevel=2)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(".*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int]]:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -73,6 +75,28 @@ def test_a_foreign_model_is_converted_once(folder, cache, monkeypatch):
     os.utime(folder / "unet" / "config.json")
     load(folder)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_of_several_processes_one_converts_and_clears_away_what_a_killed_one_left(folder, cache, monkeypatch):
+    """Threads stand for processes: the lock is that of an open file."""
+    (cache / ".other.ckpt-0123.abcd.partial" / "params").mkdir(parents=True)
+    started, conversions, lazy = threading.Barrier(2), [], convert.lazy
+
+    def slowly(*arguments, **options):
+        conversions.append(arguments)
+        time.sleep(0.5)
+        return lazy(*arguments, **options)
+
+    def convert_it(_):
+        started.wait()
+        return converted(folder)
+
+    monkeypatch.setattr(convert, "lazy", slowly)
+    with ThreadPoolExecutor(2) as pool, pytest.warns(UserWarning, match="another process is converting a model"):
+        first, second = pool.map(convert_it, range(2))
+    assert first == second
+    assert len(conversions) == 1
+    assert list(cache.iterdir()) == [first]
 
 
 def test_a_failed_conversion_leaves_no_cache(folder, cache, tmp_path):
