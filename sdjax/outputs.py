@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, cast
@@ -130,12 +130,8 @@ class Shards:
         ends: dict[str, list[int]] = {}
         for file, end in manifest.entries.values():
             ends.setdefault(file, []).append(end)
-        lengths = {
-            file: (self._partial(file) if self._partial(file).exists() else out / file).stat().st_size
-            for file in ends
-            if self._partial(file).exists() or (out / file).exists()
-        }
-        manifest.keep(lambda file, end: end <= lengths.get(file, -1))
+        lengths = {file: self._length(file) for file in ends}
+        manifest.keep(lambda file, end: end <= lengths[file])
         own = [file for file in ends if file.startswith(f"shard{self.tag}-") and len(file) == len(self._name(0))]
         self.number = 1 + max((int(file[-10:-4]) for file in own), default=-1)
         self.count, self.file = 0, cast(FileIO | None, None)
@@ -158,6 +154,13 @@ class Shards:
 
     def _partial(self, file: str) -> Path:
         return self.out / f"{file}.partial"
+
+    def _length(self, file: str) -> int:
+        """Bytes of a shard, -1 if it is gone. Another process may give it its final name at any moment."""
+        for path in (self._partial(file), self.out / file):
+            with suppress(FileNotFoundError):
+                return path.stat().st_size
+        return -1
 
     def add(self, entry: dict[str, Any], data: bytes, recipe: Recipe) -> None:
         """Writes a picture, then its line; without the line the picture is taken back."""
