@@ -6,6 +6,10 @@ nothing to wait for once they know who they are.
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +34,12 @@ class Share(NamedTuple):
 
 ALONE = Share()
 
+PATIENCE = 300.0
+"""Seconds that a process waits for process 0."""
+
+NOTE_AFTER = 3.0
+"""Seconds after which it says so."""
+
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Share:
     """Joins the other processes by `jax.distributed`. Call it before anything else of JAX.
@@ -39,18 +49,44 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     started again while the others go on; if it was process 0, the others end, and all are started again.
 
     Raises:
-        ValueError: some of the three are missing or out of range, or the environment says nothing.
+        ValueError: some of the three are missing or out of range, the environment says nothing, or process 0 cannot be
+        reached for `PATIENCE` seconds.
     """
     given = (coordinator, processes, process)
     if any(value is None for value in given) and any(value is not None for value in given):
         raise ValueError("coordinator, num-processes and process-id belong together; give all three or none")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ValueError(f"process-id must be from 0 to {processes - 1}, found {process}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise ValueError(f"coordinator must be HOST:PORT of process 0, such as 10.0.0.1:12345, found {coordinator!r}")
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and port.isdecimal() and int(port) < 2**16):
+            raise ValueError(f"coordinator must be HOST:PORT of process 0, as 10.0.0.1:12345 is, found {coordinator!r}")
+        if process:
+            _wait_for(host.strip("[]"), int(port))
     jax.config.update("jax_enable_recoverability", True)
+    note = threading.Timer(NOTE_AFTER, warnings.warn, [f"waiting for the other processes, at most {PATIENCE:.0f} s"])
+    note.start()
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(PATIENCE))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the processes could not be joined ({' '.join(str(error).split())})") from None
+    finally:
+        note.cancel()
     return Share(jax.process_index(), jax.process_count())
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Waits until process 0 listens there; JAX would end this process without a word if that took too long."""
+    start, noted = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=PATIENCE).close()
+            return
+        except OSError as error:
+            waited, where = time.monotonic() - start, f"process 0 at {host}:{port} ({error})"
+        if waited > PATIENCE:
+            raise ValueError(f"the processes could not be joined: no answer from {where}; start it, or name its place")
+        if waited > NOTE_AFTER and not noted:
+            warnings.warn(f"waiting for {where}", stacklevel=3)
+            noted = True
+        time.sleep(0.2)

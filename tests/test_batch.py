@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import batch, cli, job_file, outputs
+from sdjax import batch, cli, hosts, job_file, outputs
 from sdjax.checkpoint import save
 from sdjax.models.params import random_params
 from sdjax.pipeline import Pipeline
@@ -422,6 +422,7 @@ def test_processes_share_a_job_and_one_that_is_killed_may_come_back(tmp_path, pr
         (["--num-processes", "2"], "belong together"),
         (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"], "process-id must be from 0 to 1"),
         (["--coordinator", "here", "--num-processes", "2", "--process-id", "0"], "HOST:PORT of process 0"),
+        (["--coordinator", "h:99999", "--num-processes", "2", "--process-id", "0"], "HOST:PORT of process 0"),
         (["--distributed"], "the processes could not be joined"),
         (["--devices", "9"], "--devices must be between 1 and the 4 of this machine"),
         (["--devices", "3", "--split-params", "2"], "model must be a whole number that divides the 3 devices"),
@@ -433,6 +434,21 @@ def test_impossible_processes_and_devices_are_one_clear_error(here, capsys, opti
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_process_waits_for_the_first_one_and_says_so(here, capsys, monkeypatch):
+    monkeypatch.setattr(hosts, "PATIENCE", 1.0)
+    monkeypatch.setattr(hosts, "NOTE_AFTER", 0.3)
+    (here / "jobs.txt").write_text("a cat\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = ["--coordinator", address, "--num-processes", "2", "--process-id", "1"]
+    assert cli.main(["batch", "jobs.txt", "-o", "out", *processes]) == 2
+    note, error = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"sdjax: note: waiting for process 0 at {address}")
+    assert error.startswith(f"sdjax: error: the processes could not be joined: no answer from process 0 at {address}")
+    assert not (here / "out").exists()
 
 
 # From Python, and one program for all
