@@ -159,7 +159,7 @@ def measured(name: str, lower: Lower, pictures: int) -> Measured | None:
     except jax.errors.JaxRuntimeError as error:  # a libtpu that is newer than jaxlib
         print(f"           its text cannot be read, so looked at before optimisation: {str(error)[:90]}", flush=True)
         hlo = re.sub(r"tensor<([\dx]+)x(\w+)>", to_hlo, lowered.as_text().replace("_", "-"))
-    matrices = score_matrices(hlo, SMALL_SCORES)
+    matrices = score_matrices(hlo, pictures, SMALL_SCORES)
     faults = [f"score matrix {array}" for array in matrices] + sorted(set(re.findall(COLLECTIVES, hlo)))
     return Measured(memory.argument_size_in_bytes, memory.temp_size_in_bytes, [f"{name}: {one}" for one in faults])
 
