@@ -11,6 +11,8 @@ Every line is the median over rounds that take turns. Measures (--only takes one
     job          `sdjax batch` beside a loop over single pictures in the same process, files included; and beside
                  `Pipeline.batch` without files, which tells how long the device is idle
     start        the first picture of a fresh process, with nothing kept and with programs kept, and one more picture
+    full         pictures a second of Stable Diffusion 1.5 at 512x512 with random weights, --batch at once (1 8 32); for
+                 a GPU, with --dtype bfloat16, and run only when named
 
 The model in the box on two cores of an AMD EPYC (Zen 3), 2026-11-22, jax 0.10.2, --rounds 3, `loop` with 24 and
 `devices` with four simulated ones; a noisy machine, where the same thing twice differed by up to 12 %:
@@ -34,6 +36,8 @@ On two cores of an Intel Xeon with AVX-512, 2026-11-22, --rounds 3:
     job: 8.53 pictures a second by sdjax batch, 4.92 one after another: 1.74 times as many; 8.43 without recipes and
         files, so that the device waits 0.0% of the time for them
     start: first picture after 7.6 s, with programs kept 3.5 s, one more takes 0.20 s: 38 and 17 times that
+
+    full: 0.0326 pictures a second, 1 at once (float32, 2 steps, 30.71 s)   [--only full --batch 1 --steps 2 --rounds 1]
 
 The bound of `loop` is 1.02; four rounds before gave 1.002 and 1.006, three rounds in between 0.94 and 1.08 (Zen 3).
 Simulated devices share the cores; what they gain is that one device alone leaves the second core idle at times.
@@ -61,14 +65,18 @@ import numpy as np
 
 import sdjax
 from sdjax import batch as jobs
+from sdjax.checkpoint import cast
 from sdjax.compilation import compilations
+from sdjax.config import SD15
 from sdjax.diffusion.sample import image_keys, initial_noise, sample
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.functions import Inputs, MakeDenoiser, encode_text, generate_latents, text_kv, time_tables
+from sdjax.models.params import random_params
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import recipe_of, save_picture
 from sdjax.request import BATCH, Request, plan, stacked
+from sdjax.tokenizer import clip_tokenizer
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -220,7 +228,20 @@ def start(pipe: Pipeline, options: argparse.Namespace) -> None:
     )
 
 
-MEASURES = {measure.__name__: measure for measure in (recompiles, loop, exact, devices, job, start)}
+def full(_: Pipeline, options: argparse.Namespace) -> None:
+    params = jax.device_put(cast(random_params(SD15), options.dtype))
+    pipe = Pipeline(SD15, params, clip_tokenizer(), "sd15")
+    for count in options.batch:
+        settings = dict(count=count, batch=count, steps=options.steps)
+        (took,) = in_turns(options.rounds, lambda settings=settings: pipe.text_to_image("a cat", **settings) and None)
+        print(
+            f"full: {count / took:.4f} pictures a second, {count} at once ({options.dtype}, {options.steps} steps, "
+            f"{took:.2f} s)",
+            flush=True,
+        )
+
+
+MEASURES = {measure.__name__: measure for measure in (recompiles, loop, exact, devices, job, start, full)}
 
 
 def main() -> None:
@@ -230,12 +251,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=list(MEASURES))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="of full: pictures at once (1 8 32)")
     options = parser.parse_args()
     pipe = sdjax.load(options.model, dtype=options.dtype)
     device = jax.local_devices()[0]
     print(f"{pipe.name} on {device.device_kind}, load {os.getloadavg()[0]:.1f}", flush=True)
     for name, measure in MEASURES.items():
-        if options.only in (None, name):
+        if options.only == name or (options.only is None and measure is not full):
             measure(pipe, options)
 
 

@@ -16,9 +16,11 @@ cannot be read by this jaxlib, the text before optimisation is looked at instead
 
 What this does not show: speed. It was compiled, not run.
 
-Compiled 2026-11-21 and 22 with jax 0.10.2 and libtpu 0.0.52, each on one of two busy CPU cores, a batch at a
-time; the guided step is 1,607.9 GFLOP, the kernel of attention counts what it fills up. v5e:2x2, 16,911,433,728 bytes
-for programs:
+Compiled 2026-11-21 and 22 with jax 0.10.2 and libtpu 0.0.52, each on one of two busy CPU cores of different machines, a
+batch at a time; the guided step is 1,607.9 GFLOP, the kernel of attention counts what it fills up. No collective, no
+full score matrix in any of them.
+
+v5e:2x2, 16,911,433,728 bytes for programs:
 
       program  at once  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture
     condition        1        5.6       284,521,472                   0               32.6
@@ -31,19 +33,34 @@ for programs:
         begin        8       13.1         2,361,856                   0                0.0
         paint        8     1529.0     1,752,622,080       1,091,403,776            1,540.2
       develop        8     1490.4       100,038,144         414,023,680            2,618.4
+        paint      104     2005.6     2,906,476,544      11,306,090,496            1,540.2
+        paint      120      860.6     2,945,142,784      12,317,245,440            1,540.2
+        paint      128      651.6     2,964,148,224      13,216,006,144            1,540.3
+        paint      136   does not fit: 16.30G of temporaries alone, 15.75G there
 
-v5e:16x16, 1 at once on each of 256 chips: the same bytes but for 212,992 of temporaries in `begin`; `paint` in 1,803.1
-s, `develop` in 194.5 s, with other work on the machine. No collective, no full score matrix in any of them. Without
-that kernel `paint` of one picture took 1,060.9 s and 664,289,280 bytes of temporaries, and counted 1,603.5 GFLOP.
-(GFLOP of `develop` at 8 is eight times what was printed, before a loop was counted as its inside.)
+v5e:16x16, on each of 256 chips: with 1 at once the same bytes but for 212,992 of temporaries in `begin`; `paint` in
+1,803.1 s, `develop` in 194.5 s.
 
-The line through 1 and 8 says 104 pictures at once: `paint` of them on v5e:2x2 takes 2,906,476,544 and 11,306,090,496
-bytes (1,540.2 GFLOP, compiled in 2,005.6 s), and fits. By the line through 8 and 104 so would 120, which was not waited
-for.
+v6e:2x2, 33,543,694,581 bytes for programs:
 
-v6e:2x2 (33,543,694,581 bytes for programs), 1 at once: the bytes of v5e:16x16, but for 222,576,640 of temporaries in
-`paint`, which compiled in 2,675.8 s (1,774.9 GFLOP), and 823,705,600 in `develop` (513.9 s, 2,618.4 GFLOP); condition,
-time_rows and begin took 7.4, 0.9 and 0.8 s. More pictures at once were not waited for there.
+      program  at once  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture
+    condition        1        7.4       284,521,472                   0                  -
+    time_rows        1        0.9        55,789,056                   0                  -
+        begin        1        0.8           296,960             212,992                  -
+        paint        1     2675.8     1,645,606,400         222,576,640            1,774.9
+      develop        1      513.9        99,120,640         823,705,600            2,618.4
+    condition        8        8.7       284,528,640           7,323,648               32.9
+    time_rows        8        1.1        55,861,248                   0                3.6
+        begin        8        0.4         2,361,856                   0                0.0
+        paint        8     1998.4     1,752,622,080       1,020,821,504            1,455.5
+      develop        8      170.8       100,038,144         823,951,360            2,618.4
+        paint      264     2356.2     5,332,966,912      26,545,864,704            1,540.8
+        paint      272     1732.0     5,353,938,432      27,273,805,824            1,540.8
+        paint      280   does not fit: 361 kB too much
+
+So the largest batches are 128 pictures at once on a chip of v5e, 2x2 or 16x16, and 272 on one of v6e. They were
+compiled by hand, with --batch, from where the line through 1 and 8 pointed. Without the kernel of attention `paint` of
+one picture on v5e took 1,060.9 s and 664,289,280 bytes of temporaries, and counted 1,603.5 GFLOP.
 """
 
 import argparse
