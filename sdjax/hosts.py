@@ -80,7 +80,7 @@ def _wait_for(host: str, port: int) -> None:
     start, noted = time.monotonic(), False
     while True:
         try:
-            socket.create_connection((host, port), timeout=PATIENCE).close()
+            socket.create_connection((host, port), timeout=NOTE_AFTER).close()
             return
         except OSError as error:
             waited, where = time.monotonic() - start, f"process 0 at {host}:{port} ({error})"

@@ -217,7 +217,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             warnings.warn("another process is converting a model; waiting for it to end", stacklevel=2)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in folder.glob(".*.partial"):
+        for left in (*folder.glob(".*.partial"), *folder.glob(".*.old")):
             shutil.rmtree(left, ignore_errors=True)
         yield
 

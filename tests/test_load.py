@@ -79,7 +79,8 @@ def test_a_foreign_model_is_converted_once(folder, cache, monkeypatch):
 
 def test_of_several_processes_one_converts_and_clears_away_what_a_killed_one_left(folder, cache, monkeypatch):
     """Threads stand for processes: the lock is that of an open file."""
-    (cache / ".other.ckpt-0123.abcd.partial" / "params").mkdir(parents=True)
+    for ending in ("partial", "old"):
+        (cache / f".other.ckpt-0123.abcd.{ending}" / "params").mkdir(parents=True)
     started, conversions, lazy = threading.Barrier(2), [], convert.lazy
 
     def slowly(*arguments, **options):
