@@ -181,9 +181,10 @@ def run(
         Manifest(out, share) as manifest,
         open(share.failures(out), "wb", buffering=0) as failures,
         ThreadPoolExecutor() as pool,
-        ThreadPoolExecutor(1) as writing,  # Ctrl-C does not reach a thread: a picture and its line are written together
+        ThreadPoolExecutor(1) as writing,  # what a thread has begun Ctrl-C does not cut off: a picture and its line
     ):
-        writer = (Shards if shards else Files)(out, suffix, manifest)
+        kind = Shards if shards else Files
+        writer = writing.submit(lambda: kind(out, suffix, manifest)).result()
         pictures, lines = job.share(share)
         missing = np.array([picture not in manifest.entries for picture in pictures.tolist()], bool)
         total, before, made, failed = len(pictures), int((~missing).sum()), 0, 0
@@ -234,7 +235,7 @@ def run(
         finally:  # after an interruption too
             for waiting in encoding:
                 write(*waiting)
-        writer.close()
+        writing.submit(writer.close).result()
     if not failed:
         share.failures(out).unlink()
     return Summary(made, before, failed)

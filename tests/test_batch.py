@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -291,7 +292,7 @@ def test_an_interruption_leaves_no_picture_without_its_line(at, pipe, here, monk
 
     def interrupted(file, data):
         if next(appends) == at:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.2)
         append(file, data)
 
