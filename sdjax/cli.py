@@ -71,11 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:
     from sdjax.compilation import drop_damaged
-    from sdjax.load import programs_folder
 
-    if drop_damaged(programs_folder(), str(message)):
-        message = f"a compiled program in {programs_folder()} was damaged; it is compiled and kept anew"
-    console.print(f"sdjax: note: {message}", markup=False)
+    console.print(f"sdjax: note: {drop_damaged(str(message))}", markup=False)
 
 
 def _keep_programs() -> None:

@@ -42,15 +42,17 @@ def keep_programs(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
-def drop_damaged(folder: Path, warning: str) -> bool:
-    """Whether JAX warns of a program in `folder` that cannot be read: one that a kill cut off while it was written.
-
-    All of its name are thrown away, since JAX neither says which it was nor writes over it; it is then kept anew.
+def drop_damaged(warning: str) -> str:
+    """What to tell of a warning. If it is JAX's of a kept program that cannot be read, one that a kill cut off while it
+    was written, all of that name are thrown away, since JAX neither says which it was nor writes over it.
     """
     found = re.search(r"Error reading persistent compilation cache entry for '(\w+)'", warning)
-    for path in folder.glob(f"{found[1]}-*-cache") if found else ():
+    if found is None:
+        return warning
+    folder = Path(jax.config.values["jax_compilation_cache_dir"])
+    for path in folder.glob(f"{found[1]}-*-cache"):
         path.unlink(missing_ok=True)
-    return found is not None
+    return f"a compiled program in {folder} was damaged; it is compiled and kept anew"
 
 
 Lower = Callable[[], jax.stages.Lowered]
