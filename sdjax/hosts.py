@@ -35,10 +35,10 @@ class Share(NamedTuple):
 ALONE = Share()
 
 PATIENCE = 300.0
-"""Seconds that a process waits for process 0."""
+"""Seconds that processes wait for each other."""
 
 NOTE_AFTER = 3.0
-"""Seconds after which it says so."""
+"""Seconds after which they say so."""
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Share:

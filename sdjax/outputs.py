@@ -5,6 +5,7 @@ All of it is written such that a kill at any moment leaves nothing that the next
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -75,7 +76,7 @@ class Manifest(AbstractContextManager["Manifest"]):
 
     def add(self, entry: dict[str, Any], recipe: Recipe) -> None:
         """A picture's line: `entry` and the settings of its recipe."""
-        line = entry | {"settings": json.loads(recipe.to_json())}
+        line = entry | {"settings": dataclasses.asdict(recipe)}
         append(self.file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 

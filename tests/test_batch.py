@@ -359,6 +359,13 @@ def worker(tmp_path, kind, *share):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def free_address():
+    """HOST:PORT of this machine where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 def until_at_work(process):
     for line in process.stdout:
         if line == "at work\n":
@@ -393,9 +400,7 @@ def test_processes_share_a_job_and_one_that_is_killed_may_come_back(tmp_path, pr
     count = 600
     (tmp_path / "jobs.jsonl").write_text(text_of([dict(prompt="a", seed=i * 7, count=7) for i in range(count // 7)]))
     count = count // 7 * 7
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
 
     def start(process):
         return worker(tmp_path, kind, address, str(processes), str(process), str(tmp_path / "all are here"))
@@ -441,9 +446,7 @@ def test_a_process_waits_for_the_first_one_and_says_so(here, capsys, monkeypatch
     monkeypatch.setattr(hosts, "PATIENCE", 1.0)
     monkeypatch.setattr(hosts, "NOTE_AFTER", 0.3)
     (here / "jobs.txt").write_text("a cat\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     processes = ["--coordinator", address, "--num-processes", "2", "--process-id", "1"]
     assert cli.main(["batch", "jobs.txt", "-o", "out", *processes]) == 2
     note, error = capsys.readouterr().err.splitlines()
