@@ -20,6 +20,7 @@ from convert.report import Report
 from convert.write import write_diffusers, write_safetensors
 from sdjax import checkpoint
 from sdjax.config import PRESETS, ModelConfig
+from sdjax.storage.files import refuse_existing
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -69,7 +70,7 @@ def _convert(options: argparse.Namespace, report: Report) -> None:
     to = options.to or ("safetensors" if destination.suffix == ".safetensors" else "sdjax")
     if destination.suffix in (".ckpt", ".pt", ".bin"):
         raise ValueError(f"{destination.name}: pickles are not written; choose a .safetensors name or a folder")
-    checkpoint.refuse_existing(destination, options.force)
+    refuse_existing(destination, options.force)
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ValueError(f"{source}: source and destination are the same")
     with _progress() as bar, ExitStack() as stack:

@@ -22,8 +22,8 @@ from convert.detect import CONFIG_KEY
 from convert.diffusers import FOLDERS, STEMS, TOKENIZER_FILES, diffusers_json, without_unused_layers
 from convert.names import PARTS, Entry, entries, text_spelling
 from convert.tensors import Leaf
-from sdjax.checkpoint import new_file, new_folder
 from sdjax.config import ModelConfig
+from sdjax.storage.files import new_file, new_folder
 from sdjax.tokenizer import END, START, clip_tokenizer
 from sdjax.types import Params
 

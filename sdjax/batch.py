@@ -33,13 +33,14 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from sdjax.checkpoint import new_file
+from sdjax.hints import hint
 from sdjax.hosts import ALONE, Share
 from sdjax.job_file import Job, Rejected, from_json, read_lines, to_json
 from sdjax.outputs import Files, Manifest, Shards, append
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import Recipe, encoded, file_hash, recipe_of
 from sdjax.request import BATCH, Request
+from sdjax.storage.files import new_file
 
 LATE = 60.0
 """Seconds by which processes of one job may start apart."""
@@ -89,7 +90,9 @@ def prepare(
         if rejected and not skip_bad:
             shown = "; ".join(f"line {line.number}: {line.reason}" for line in rejected[:5])
             more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-            raise ValueError(f"{len(rejected)} lines are no requests (--skip-bad goes on without them): {shown}{more}")
+            raise ValueError(
+                f"{len(rejected)} lines are no requests ({hint('skip_bad')} goes on without them): {shown}{more}"
+            )
         if not partial.stat().st_size:
             raise ValueError("there is no request in this job")
         found = {"requests": digest.hexdigest(), **settings}

@@ -18,9 +18,7 @@ import math
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ import numpy as np
 from sdjax.config import ModelConfig
 from sdjax.models.params import abstract_params
 from sdjax.sharding import HERE
+from sdjax.storage.files import new_file, new_folder
 from sdjax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -69,66 +68,6 @@ def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is a folder laid out as above; what is in it is not looked at."""
     path = Path(path)
     return (path / "config.json").is_file() and ((path / "params").is_dir() or (path / TENSORS).is_file())
-
-
-@contextmanager
-def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` if the block ends well, and is removed if not.
-
-    Raises:
-        FileExistsError: `path` is there and `force` is not given. FileNotFoundError: its parent is not there.
-    """
-    refuse_existing(path, force)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.is_dir() and not path.is_symlink():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.rename(old / path.name)
-            try:
-                temporary.rename(path)
-            except BaseException:
-                (old / path.name).rename(path)
-                old.rmdir()
-                raise
-            shutil.rmtree(old)
-        else:
-            path.unlink(missing_ok=True)
-            temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def new_file(path: Path, force: bool = False) -> Iterator[Path]:
-    """The same for a file: the block writes to a temporary name beside `path`. Raises as `new_folder`."""
-    refuse_existing(path, force)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raises FileExistsError or FileNotFoundError if `path` must not or cannot be written."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into; make it first")
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} is already there; choose another name, or pass force (--force) to replace it")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save(

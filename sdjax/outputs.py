@@ -16,9 +16,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
-from sdjax.checkpoint import new_file
 from sdjax.hosts import ALONE, Share
 from sdjax.recipe import Recipe, has_recipe
+from sdjax.storage.files import new_file
 
 SHARD = 1000
 """Pictures in one .tar."""

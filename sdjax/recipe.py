@@ -18,9 +18,9 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 import sdjax
-from sdjax.checkpoint import new_file
 from sdjax.config import SamplingConfig
 from sdjax.request import SAMPLING, Request, filled_in
+from sdjax.storage.files import new_file
 
 KEY = "sdjax"
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}

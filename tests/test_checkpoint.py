@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sdjax import checkpoint
 from sdjax.config import TINY
 from sdjax.models.params import random_params
+from sdjax.storage import files
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_an_interruption_in_the_last_step_leaves_the_old_checkpoint_in_its_place
             raise KeyboardInterrupt
         return rename(path, to)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), checkpoint.new_folder(copied, force=True):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), files.new_folder(copied, force=True):
         patch.setattr(Path, "rename", interrupted)
     assert [path.name for path in copied.parent.iterdir()] == ["m"]
     assert (copied / "mine.txt").exists()

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports from lower rows, and from its own without going in circles
-    {"types", "config", "target", "hosts", "assets", "assets.make_clip_merges"},
+    {"types", "config", "hints", "target", "hosts", "assets", "assets.make_clip_merges"},
+    {"storage", "storage.files"},
     {"models", "models.layers", "models.clip", "models.unet", "models.vae", "models.params"}
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
     {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"} | {"diffusion.torch_noise"},
@@ -21,7 +22,9 @@ LAYERS = [  # a module imports from lower rows, and from its own without going i
     {"load", "selftest", "compilation", "cli", "train.command"},
 ]
 ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}
-CONVERT_MAY_USE = ("sdjax.config", "sdjax.types", "sdjax.models.params", "sdjax.checkpoint", "sdjax.tokenizer")
+CONVERT_MAY_USE = ("sdjax.config", "sdjax.types", "sdjax.models.params", "sdjax.checkpoint", "sdjax.tokenizer") + (
+    *("sdjax.hints", "sdjax.storage.files"),
+)
 ORACLES = ("torch", "transformers", "diffusers")
 
 

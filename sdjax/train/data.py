@@ -26,8 +26,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ContainerIO import ContainerIO
 
-from sdjax.checkpoint import new_file
+from sdjax.hints import hint
 from sdjax.image import fit, load_image
+from sdjax.storage.files import new_file
 
 T = TypeVar("T")
 Groups = dict[str, dict[str, tarfile.TarInfo]]
@@ -133,7 +134,7 @@ def open_dataset(path: str | Path, *, captions: bool = True, on_error: str = "re
         rest = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         raise ValueError(
             f"{root}: {len(skipped)} broken of {len(skipped) + len(examples)} examples: {first}{rest}. "
-            "Mend them, or leave them out with --skip-bad"
+            f"Mend them, or leave them out with {hint('skip_bad')}"
         )
     if not examples:
         kinds = f"{', '.join(PICTURES)}, {' or '.join(METADATA)}, or .tar shards"

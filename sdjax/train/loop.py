@@ -27,6 +27,7 @@ import optax
 
 from sdjax import checkpoint
 from sdjax.pipeline import Pipeline
+from sdjax.storage.files import new_file
 from sdjax.tokenizer import clip_tokenizer
 from sdjax.train.data import prefetch
 from sdjax.train.plots import curves
@@ -153,7 +154,7 @@ def claim(out: Path, settings: Settings, note: dict[str, Any] | None = None) -> 
         if out.is_dir() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty and holds no training run; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
-        with checkpoint.new_file(file) as temporary:
+        with new_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         return
     found = json.loads(file.read_text())
@@ -180,7 +181,7 @@ class _Log:
         self.window: list[Any] = []
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.rows = [row for row in map(json.loads, _whole(lines)) if row["step"] <= done]
-        with checkpoint.new_file(self.file, force=True) as temporary:
+        with new_file(self.file, force=True) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.last: dict[str, float] = self.rows[-1] if self.rows else {}
 

@@ -1,0 +1,42 @@
+"""Advice in errors and notes: every option that a message tells the user to add, in one table.
+
+A message takes its advice from `hint`, and never spells an option out, so that a test can parse all that is ever
+advised with the real parsers.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import NamedTuple
+
+PICTURES = ("sdjax txt2img", "sdjax img2img", "sdjax inpaint")
+TRAININGS = ("sdjax train vae", "sdjax train clip", "sdjax train unet")
+WITH_MODEL = (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax info", "sdjax selftest", "sdjax-convert")
+"""Commands that open a model, in any of the formats that people have."""
+
+
+class Hint(NamedTuple):
+    """An option as it is typed, the value that stands for the user's own if it has one, and who may advise it."""
+
+    option: str
+    value: str | None
+    commands: tuple[str, ...]
+
+
+HINTS = {
+    "vae": Hint("--vae", "FILE", WITH_MODEL),
+    "text_encoder": Hint("--text-encoder", "FILE", WITH_MODEL),
+    "ema": Hint("--ema", "no", WITH_MODEL),
+    "prediction": Hint("--prediction", "epsilon", WITH_MODEL),
+    "ignore": Hint("--ignore", "NAME", WITH_MODEL),
+    "config": Hint("--config", "FILE", WITH_MODEL),
+    "force": Hint("--force", None, ("sdjax-convert",)),
+    "skip_bad": Hint("--skip-bad", None, ("sdjax batch", *TRAININGS)),
+}
+
+
+def hint(name: str, value: str | None = None) -> str:
+    """The advice of that name in `HINTS`, ready to be typed. value: instead of the one in the table."""
+    option, usual, _ = HINTS[name]
+    value = usual if value is None else value
+    return option if value is None else f"{option} {shlex.quote(value)}"

@@ -1,0 +1,1 @@
+"""What is written to disk: files and folders that appear whole."""

@@ -1,0 +1,108 @@
+"""Files and folders that appear whole, and that a power cut cannot take back.
+
+What is written goes to a temporary name next to the final one, is flushed to the disk, and is renamed; then the folder
+that holds the name is flushed. Whoever sees the final name after a crash of the program or of the machine sees all of
+the content.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdjax.hints import hint
+
+
+@contextmanager
+def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder next to `path` that becomes `path` if the block ends well, and is removed if not.
+
+    Raises:
+        FileExistsError: `path` is there and `force` is not given. FileNotFoundError: its parent is not there.
+    """
+    refuse_existing(path, force)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", suffix=".partial", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        flush_tree(temporary)
+        if path.is_dir() and not path.is_symlink():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", suffix=".old", dir=path.parent))
+            path.rename(old / path.name)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                (old / path.name).rename(path)
+                old.rmdir()
+                raise
+            flush(path.parent)
+            shutil.rmtree(old)
+        else:
+            path.unlink(missing_ok=True)
+            temporary.rename(path)
+            flush(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """The same for a file: the block writes to a temporary name next to `path`. Raises as `new_folder`."""
+    refuse_existing(path, force)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises FileExistsError or FileNotFoundError if `path` must not or cannot be written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} into; make it first")
+    if path.exists() and not force:
+        raise FileExistsError(
+            f"{path} is already there; choose another name, or pass force ({hint('force')}) to replace it"
+        )
+
+
+def flush(path: Path) -> None:
+    """Waits until what a file holds, or the names in a folder, are on the disk.
+
+    Some file systems cannot flush a folder; there the names are as safe as they can be.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """`flush` of every file and folder inside, then of the folder itself."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if not os.path.islink(os.path.join(parent, name)):
+                flush(Path(parent, name))
+        flush(Path(parent))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
