@@ -5,7 +5,7 @@
 `python -m convert SRC DST` (or `sdjax-convert`) does both.
 """
 
-from convert.read import Converted, inspect, lazy, read
+from convert.read import Converted, configuration, inspect, lazy, named_config, read
 from convert.source import CheckpointError
 
-__all__ = ["CheckpointError", "Converted", "inspect", "lazy", "read"]
+__all__ = ["CheckpointError", "Converted", "configuration", "inspect", "lazy", "named_config", "read"]

@@ -27,7 +27,7 @@ from convert.report import Report
 from convert.source import DTYPES, CheckpointError, Source, open_source
 from convert.tensors import Tensor
 from sdjax import checkpoint
-from sdjax.config import ModelConfig
+from sdjax.config import PRESETS, ModelConfig
 from sdjax.types import Params
 
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -120,12 +120,38 @@ def lazy(
         yield Converted(found, params, report, tokenizer)
 
 
-def inspect(path: str | Path) -> tuple[ModelConfig, Report]:
+def inspect(path: str | Path, **options: Any) -> tuple[ModelConfig, Report]:
     """What `read` would find at `path`, by names and shapes alone; raises as `read`, but for what is in the report."""
     report = Report(str(path), "")
+    arguments = dict(vae=None, text_encoder=None, ema="auto", prediction=None, config=None, ignore=()) | options
     with ExitStack() as stack:
-        config, _, _ = _prepare(Path(path), None, None, "auto", None, None, (), report, stack)
+        config, _, _ = _prepare(Path(path), **arguments, report=report, stack=stack)
     return config, report
+
+
+def configuration(path: str | Path, **options: Any) -> ModelConfig:
+    """The configuration that `read` would find, from headers alone. Options and errors as `read`."""
+    report = Report(str(path), "")
+    arguments = dict(vae=None, text_encoder=None, ema="auto", prediction=None, config=None, ignore=()) | options
+    with ExitStack() as stack:
+        found, _, _ = _prepare(Path(path), **arguments, report=report, stack=stack)
+    if not report.complete:
+        raise CheckpointError(f"{path}: not a whole {found.name} model: {report.problem()}")
+    return found
+
+
+def named_config(given: str | Path) -> ModelConfig:
+    """A preset by its name, or the configuration in a config.json of ours.
+
+    Raises:
+        ValueError: neither.
+    """
+    if str(given) in PRESETS:
+        return PRESETS[str(given)]
+    try:
+        return ModelConfig.from_json(Path(given).read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{given}: no preset ({', '.join(PRESETS)}) and no config.json of ours ({error})") from None
 
 
 def _check_arguments(ema: str, prediction: str | None, dtype: str) -> None:

@@ -230,7 +230,7 @@ def run(
         hashed = lru_cache(maxsize=256)(lambda path: None if path is None else (str(path), file_hash(path)))
         try:
             for request, picture in pipe.batch(requests(), batch=batch, on_error=fail):
-                files = dict(image=hashed(request.image), mask=hashed(request.mask))
+                files: dict[str, Any] = dict(image=hashed(request.image), mask=hashed(request.mask))
                 recipe = recipe_of(request, pipe.config.sampling, picture, model=model, dtype=dtype, **files)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))
                 while encoding and (encoding[0][2].done() or len(encoding) > ENCODING):

@@ -24,6 +24,8 @@ from sdjax.models.params import abstract_params
 from sdjax.pipeline import Pipeline
 from sdjax.request import Request, plan, size_of, stacked
 from sdjax.sharding import HERE, Placement
+from sdjax.storage.files import refuse_unwritable
+from sdjax.target import pinned
 from sdjax.types import Params
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -37,7 +39,12 @@ def keep_programs(folder: Path) -> None:
     """From here on this process reads compiled programs from `folder`, and puts new ones there.
 
     Programs are found by what they compute, JAX's version and the device; a changed one is compiled anew.
+
+    Raises:
+        OSError: the folder is not there and cannot be made, or cannot be written into.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
@@ -59,6 +66,7 @@ Lower = Callable[[], jax.stages.Lowered]
 """Traces a program, for arguments that are fixed."""
 
 
+@pinned
 def programs_for(
     request: Request,
     config: ModelConfig,

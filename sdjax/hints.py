@@ -30,7 +30,9 @@ HINTS = {
     "prediction": Hint("--prediction", "epsilon", WITH_MODEL),
     "ignore": Hint("--ignore", "NAME", WITH_MODEL),
     "config": Hint("--config", "FILE", WITH_MODEL),
+    "dtype": Hint("--dtype", "bfloat16", (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax selftest")),
     "force": Hint("--force", None, ("sdjax-convert",)),
+    "recipe": Hint("--recipe", "PICTURE", PICTURES),
     "skip_bad": Hint("--skip-bad", None, ("sdjax batch", *TRAININGS)),
 }
 

@@ -6,8 +6,10 @@ autoencoder's downscale, 8 for the published models.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
-from contextlib import nullcontext
+import warnings
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,8 +27,24 @@ AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 ImageLike = str | Path | Image.Image
 
 
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by its EXIF orientation (EXIF 2.3, section 4.6.4)."""
+
+ORIENTATION = 0x0112
+
+
 def open_image(source: ImageLike) -> Image.Image:
     """A picture of any mode, upright by its EXIF orientation, decoded; of an animation, the first frame.
+
+    Metadata never stops its use: what cannot be read of it is passed over.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not a picture, damaged, empty, or too many pixels.
@@ -35,18 +53,106 @@ def open_image(source: ImageLike) -> Image.Image:
     if not isinstance(source, str | Path | Image.Image):
         raise TypeError(f"expected a path or a PIL image, found {type(source).__name__}")
     name = "this picture" if isinstance(source, Image.Image) else source
-    if isinstance(source, str | Path) and not Path(source).is_file():
-        raise FileNotFoundError(f"{name}: no such picture file")
+    _refuse_missing(source)
     try:
-        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-            upright = ImageOps.exif_transpose(image)
+        upright = _decoded(source) if isinstance(source, Image.Image) else _opened(Path(source).read_bytes())
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; shrink the picture first") from None
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{name}: not a picture that can be read ({error})") from None
+    except MemoryError:
+        raise ValueError(f"{name}: too large for the memory of this machine; shrink the picture first") from None
+    except Exception as error:  # Pillow raises almost anything on a damaged file
+        reason = " ".join(str(error).replace(repr(io.BytesIO), "").split()) or type(error).__name__
+        raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
     if 0 in upright.size:
         raise ValueError(f"{name}: empty, there are no pixels ({upright.width}x{upright.height})")
     return upright
+
+
+def _refuse_missing(source: ImageLike) -> None:
+    if not isinstance(source, Image.Image) and not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such picture file")
+
+
+def _opened(data: bytes) -> Image.Image:
+    """A picture file, decoded; without its metadata if that is what cannot be read."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _decoded(image)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:
+        bare = without_metadata(data)
+        if bare is None:
+            raise
+        with Image.open(io.BytesIO(bare)) as image:
+            return _decoded(image)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """A copy of a picture with its pixels there, upright, and of its metadata the transparency alone."""
+    image.load()
+    turn = UPRIGHT.get(_orientation(image))
+    upright = image.copy() if turn is None else image.transpose(turn)
+    upright.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    return upright
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if nothing of the kind can be read."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # whatever a damaged EXIF makes of the tag
+        return 1
+
+
+def without_metadata(data: bytes) -> bytes | None:
+    """A PNG, JPEG or WebP file with its pixels and colours alone; None for another kind, or if nothing is left out."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        bare = _png_chunks(data)
+    elif data.startswith(b"\xff\xd8"):
+        bare = _jpeg_segments(data)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        bare = _webp_chunks(data)
+    else:
+        return None
+    return None if bare == data else bare
+
+
+def _png_chunks(data: bytes) -> bytes:
+    """The chunks that decide the pixels (PNG specification, section 5.3), transparency among them."""
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _jpeg_segments(data: bytes) -> bytes:
+    """Without the segments of applications and comments before the picture; JFIF's and Adobe's say what colours are."""
+    kept, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if not (0xE1 <= data[at + 1] <= 0xED or data[at + 1] in (0xEF, 0xFE)):
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])
+
+
+def _webp_chunks(data: bytes) -> bytes:
+    """Without EXIF and XMP, and without the flags that announce them (WebP container specification)."""
+    kept, at = [], 12
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        end = at + 8 + size + size % 2
+        if kind == b"VP8X":
+            kept.append(data[at : at + 8] + bytes([data[at + 8] & ~0b1100]) + data[at + 9 : end])
+        elif kind not in (b"EXIF", b"XMP "):
+            kept.append(data[at:end])
+        at = end
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
 def _scaled_grey(image: Image.Image) -> Image.Image:
@@ -59,14 +165,37 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
 
 
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    """With its transparency; without it, where a file says nonsense of it."""
+    try:
+        return image.convert("RGBA")
+    except (ValueError, TypeError, OSError, SystemError):
+        image.info.pop("transparency", None)
+        return image.convert("RGBA")
+
+
 def _flat(image: Image.Image, backdrop: str) -> Image.Image:
     """The picture in 8 bit, its transparent parts laid over a colour."""
     if image.mode.startswith(("I", "F")):
         return _scaled_grey(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if _has_alpha(image):
+        image = _rgba(image)
         return Image.alpha_composite(Image.new("RGBA", image.size, backdrop), image)
     return image
+
+
+def content_hash(source: ImageLike) -> str:
+    """What a picture is known by: the sha256 of its file, or of its pixels. Raises OSError if it cannot be read."""
+    _refuse_missing(source)
+    if not isinstance(source, Image.Image):
+        with open(source, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    said = (source.mode, source.size, source.getpalette(), str(source.info.get("transparency")), _orientation(source))
+    return hashlib.sha256(repr(said).encode() + source.tobytes()).hexdigest()
 
 
 def load_image(source: ImageLike) -> Image.Image:
@@ -77,13 +206,14 @@ def load_image(source: ImageLike) -> Image.Image:
 def load_mask(source: ImageLike, size: tuple[int, int]) -> np.ndarray:
     """A mask of any mode as f32[H, W] in [0, 1] for a picture of `size` (width, height); white = paint.
 
-    Grey values make a soft mask. A mask with transparency is laid over black. A mask of another size is
-    scaled to the picture's if it has the same aspect (within 2 %).
+    Grey values make a soft mask. A mask with transparency is laid over black; but of a photograph with a hole in it the
+    hole is what is painted, with a warning that says so. Of colours the brightness counts, with a warning, too. A mask
+    of another size is scaled to the picture's if it has the same aspect (within 2 %).
 
     Raises:
         ValueError: another aspect than the picture's, or nothing to paint; else as `open_image`.
     """
-    image = _flat(open_image(source), "black").convert("L")
+    image = _mask_of(open_image(source))
     width, height = size
     if abs(math.log(image.width * height / (image.height * width))) > 0.02:
         raise ValueError(
@@ -96,6 +226,47 @@ def load_mask(source: ImageLike, size: tuple[int, int]) -> np.ndarray:
     if not mask.any():
         raise ValueError("the mask is black everywhere; paint the part to be made anew white")
     return mask
+
+
+COLOURFUL = 32
+"""Difference between the channels of a pixel, of 255, from which it counts as coloured."""
+
+DRAWN_COLOURS = 24
+"""Most colours (of 64 levels a channel) in what somebody drew as a mask."""
+
+
+def _mask_of(image: Image.Image) -> Image.Image:
+    """The grey picture that a mask means, "L"; says what had to be guessed."""
+    if _has_alpha(image) and _is_photo_with_hole(pixels := np.asarray(_rgba(image))):
+        warnings.warn(
+            "the mask is a picture with a transparent part; that part is painted. To paint the other one, draw a mask "
+            "in black and white",
+            stacklevel=3,
+        )
+        return Image.fromarray(255 - pixels[..., 3])
+    flat = _flat(image, "black")
+    if flat.mode not in ("1", "L"):
+        channels = np.asarray(flat.convert("RGB")).astype(np.int16)
+        if (np.ptp(channels, axis=-1) > COLOURFUL).mean() > 0.01:
+            warnings.warn(
+                "the mask has colours; their brightness counts: white is painted, black is kept", stacklevel=3
+            )
+    return flat.convert("L")
+
+
+def _is_photo_with_hole(pixels: np.ndarray) -> bool:
+    """Whether u8[H, W, 4] is a picture with a part erased, and not strokes of black and white on nothing.
+
+    A picture has colours or greys, many of them, or reaches to the edges.
+    """
+    opaque = pixels[..., 3] > 127
+    if opaque.all() or not opaque.any():
+        return False
+    solid = pixels[opaque][:, :3].astype(np.int16)
+    between = (solid.max(-1) > COLOURFUL) & (solid.min(-1) < 255 - COLOURFUL)
+    edge = np.concatenate([opaque[0], opaque[-1], opaque[:, 0], opaque[:, -1]])
+    many = len(np.unique(solid // 4, axis=0)) > DRAWN_COLOURS
+    return bool(between.mean() > 0.25 and (many or edge.mean() > 0.5))
 
 
 def working_size(
@@ -157,7 +328,7 @@ def to_uint8(images: Array) -> Array:
     return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
-def latent_mask(mask: Array, downscale: int) -> Array:
+def latent_mask(mask: AnyArray, downscale: int) -> AnyArray:
     """mask f[b, H, W, 1] -> f[b, h, w, 1], every `downscale`-th pixel (nearest, as diffusers takes it)."""
     return mask[:, ::downscale, ::downscale]
 

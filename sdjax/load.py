@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,6 +25,7 @@ from sdjax.config import ModelConfig
 from sdjax.models.params import count_parameters
 from sdjax.pipeline import Pipeline
 from sdjax.sharding import HERE, Placement
+from sdjax.storage.cache import cache_folder, digest_of_all
 from sdjax.tokenizer import Tokenizer, clip_tokenizer
 from sdjax.types import Params
 
@@ -39,46 +40,111 @@ SHORT_NAMES = {
 BOX_FOLDER = Path(__file__).parent / "assets" / "box"
 """The model that every installation carries (examples/train_box.py)."""
 
-CACHE_VERSION = "2"  # changes when converting the same file gives another result
+CACHE_VERSION = "3"  # changes when converting the same file gives another result
 
 Progress = Callable[[int, int], None]
+
+
+CONVERSION: dict[str, Any] = {
+    "vae": None,
+    "text_encoder": None,
+    "ema": "auto",
+    "prediction": None,
+    "config": None,
+    "ignore": (),
+}
+"""What may be said of a foreign file, with the usual values (`convert.read`)."""
 
 
 def load(
     model: str | Path | None = None,
     *,
     dtype: str = "float32",
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
     clean: str = "openai",
     placement: Placement = HERE,
     progress: Progress | None = None,
+    on_config: Callable[[ModelConfig], None] | None = None,
     on_shapes: Callable[[ModelConfig, Params], None] | None = None,
+    **conversion: Any,
 ) -> Pipeline:
     """A `Pipeline` for a model.
 
     model: a checkpoint of ours (folder), a .ckpt or .safetensors file, a diffusers folder, a hub id ("owner/name"), or
-    one of `SHORT_NAMES`. None: the model in the box, which draws 64x64 pictograms. dtype: "float32", "bfloat16" or
-    "float16", of parameters and computation. vae, text_encoder: files for a checkpoint that lacks them. clean:
-    "openai" or "hf", the cleaning of prompts (`sdjax.tokenizer`). placement: the devices (`Pipeline.on`), to which the
-    parameters are restored. progress: called with (bytes done, bytes in all) while converting. on_shapes: called with
-    the configuration and the parameters' shapes before they are restored, so that programs can be compiled meanwhile
-    (`sdjax.compilation`).
+    one of `SHORT_NAMES`. None: the model in the box, which draws 64x64 pictograms.
+    dtype: "float32", "bfloat16" or "float16", of parameters and computation.
+    clean: "openai" or "hf", the cleaning of prompts (`sdjax.tokenizer`).
+    placement: the devices (`Pipeline.on`), to which the parameters are restored.
+    progress: called with (bytes done, bytes in all) while converting.
+    on_config: called with the configuration as soon as it is known, before anything large is read or written; what it
+    raises ends the loading.
+    on_shapes: called with the configuration and the parameters' shapes before they are restored, so that programs can
+    be compiled meanwhile (`sdjax.compilation`).
+    conversion: for foreign files, as in `convert.read`: vae, text_encoder (files for parts to take from elsewhere),
+    ema, prediction, config (a preset's name, a path or a `ModelConfig`), ignore.
 
     Raises:
         FileNotFoundError: no such file, folder or hub id. ValueError: the file cannot be used; the message says why.
-        ConnectionError: the hub could not be reached.
+        ConnectionError: the hub could not be reached. TypeError: an option that is not known.
     """
     checkpoint.dtype_of("unet", dtype)  # before anything slow
+    given = _given(conversion)
     path = BOX_FOLDER if model is None else find(model)
-    if not checkpoint.is_checkpoint(path):
-        path = converted(path, vae=vae, text_encoder=text_encoder, progress=progress)
-    elif vae is not None or text_encoder is not None:
-        raise ValueError(f"{path} is a whole checkpoint; vae and text_encoder are for files that lack these parts")
+    foreign = not checkpoint.is_checkpoint(path)
+    if given and not foreign:
+        raise ValueError(f"{path} is a whole checkpoint; {', '.join(given)} are for foreign files alone")
+    if foreign:
+        path = converted(path, progress=progress, on_config=on_config, **given)
+    elif on_config is not None:
+        on_config(checkpoint.read_config(path))
     config, params = checkpoint.restore(path, dtype=dtype, sharding=placement.sharding, on_shapes=on_shapes)
     own = path / "tokenizer"
     tokenizer = Tokenizer.from_folder(own, clean) if own.is_dir() else clip_tokenizer(clean)
     return Pipeline(config, params, tokenizer, config.name if model is None else str(model), placement)
+
+
+def _given(conversion: dict[str, Any]) -> dict[str, Any]:
+    """What of `conversion` is not as usual, a configuration in place of its name.
+
+    Raises:
+        TypeError: an option that is not in `CONVERSION`. ValueError: no configuration of that name or in that file.
+    """
+    unknown = [name for name in conversion if name not in CONVERSION]
+    if unknown:
+        raise TypeError(f"load has no option {unknown[0]!r}; for foreign files it has {', '.join(CONVERSION)}")
+    given = {name: value for name, value in conversion.items() if value != CONVERSION[name] and value is not None}
+    if isinstance(given.get("config"), str | Path):
+        given["config"] = convert.named_config(given["config"])
+    return {name: value for name, value in given.items() if name != "ignore" or len(value)}
+
+
+def configuration(model: str | Path | None = None, **conversion: Any) -> ModelConfig:
+    """The configuration of a model that `load` would open, from headers alone. Options and errors as `load`."""
+    given = _given(conversion)
+    path = BOX_FOLDER if model is None else find(model)
+    return checkpoint.read_config(path) if checkpoint.is_checkpoint(path) else convert.configuration(path, **given)
+
+
+def identity(model: str | Path | None = None, **conversion: Any) -> str:
+    """A hash of what makes a model what it is: the content of its files, and how they are read. Errors as `load`."""
+    path = BOX_FOLDER if model is None else find(model)
+    return _identity(path, _given(conversion))
+
+
+def _identity(path: Path, given: dict[str, Any]) -> str:
+    sources = [path, *(Path(given[name]) for name in ("vae", "text_encoder") if name in given)]
+    said = {name: value for name, value in given.items() if name not in ("vae", "text_encoder", "config")}
+    if "config" in given:
+        said["config"] = given["config"].to_json()
+    parts = [digest_of_all(_files(source)) for source in sources]
+    return hashlib.sha256(repr([CACHE_VERSION, sorted(given), sorted(said.items()), parts]).encode()).hexdigest()
+
+
+def _files(source: Path) -> list[Path]:
+    """What of a model is read: of a diffusers folder the parts of Stable Diffusion alone."""
+    if source.is_dir() and diffusers.is_diffusers_folder(source):
+        parts = (*diffusers.FOLDERS.values(), "tokenizer", "scheduler")
+        return [source / "model_index.json", *(source / part for part in parts if (source / part).is_dir())]
+    return [source]
 
 
 def find(model: str | Path) -> Path:
@@ -134,14 +200,14 @@ class _NotADiffusersModel(FileNotFoundError):
     """A hub model without the files of a diffusers folder."""
 
 
-def describe(path: Path) -> str:
-    """What the model at `path` is and holds, in a few lines, from names and shapes alone. Raises as `load`."""
+def describe(path: Path, **conversion: Any) -> str:
+    """What the model at `path` is and holds, in a few lines, from headers alone. Options and errors as `load`."""
     if checkpoint.is_checkpoint(path):
         config, stored = checkpoint.read_config(path), checkpoint.metadata(path)
         dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(stored)})
         rest = f"stored      as an sdjax checkpoint, {', '.join(dtypes)}\n"
     else:
-        config, report = convert.inspect(path)
+        config, report = convert.inspect(path, **_given(conversion))
         rest = report.text()
     counts = count_parameters(config)
     return (
@@ -171,38 +237,28 @@ def needed_files(name: str, files: list[str]) -> list[str]:
     return needed
 
 
-def cache_folder() -> Path:
-    """Where converted models and compiled programs are kept: SDJAX_CACHE, or ~/.cache/sdjax."""
-    return Path(os.environ.get("SDJAX_CACHE") or Path.home() / ".cache" / "sdjax")
-
-
-def programs_folder() -> Path:
-    """Where the command line keeps compiled programs."""
-    return cache_folder() / "programs"
-
-
 def converted(
     path: Path,
     *,
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
     progress: Progress | None = None,
+    on_config: Callable[[ModelConfig], None] | None = None,
+    **given: Any,
 ) -> Path:
     """The checkpoint of ours that a foreign model was converted to, now or at an earlier start.
 
-    It is known by the paths, sizes and times of the files; weights keep their stored dtype. Of several processes one
-    converts, and the others wait for it.
+    It is known by the content of the files and by `given` (see `load`); weights keep their stored dtype. Of several
+    processes one converts, and the others wait for it.
     """
-    sources = [Path(source) for source in (path, vae, text_encoder) if source is not None]
-    key = hashlib.sha256(repr([CACHE_VERSION, [_fingerprint(source) for source in sources]]).encode()).hexdigest()
     name = re.sub(r"[^\w.-]", "_", path.resolve().name)[:60]
-    target = cache_folder() / "converted" / f"{name}-{key[:16]}"
-    if checkpoint.is_checkpoint(target):
+    target = cache_folder() / "converted" / f"{name}-{_identity(path, given)[:16]}"
+    there = checkpoint.is_checkpoint(target)
+    if on_config is not None:
+        on_config(checkpoint.read_config(target) if there else convert.configuration(path, **given))
+    if there:
         return target
     with _alone_in(target.parent):
         if not checkpoint.is_checkpoint(target):
-            options = dict(vae=vae, text_encoder=text_encoder, dtype="keep", progress=progress)
-            with convert.lazy(path, **options) as result:  # type: ignore[arg-type]
+            with convert.lazy(path, dtype="keep", progress=progress, **given) as result:
                 checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
     return target
 
@@ -220,9 +276,3 @@ def _alone_in(folder: Path) -> Iterator[None]:
         for left in (*folder.glob(".*.partial"), *folder.glob(".*.old")):
             shutil.rmtree(left, ignore_errors=True)
         yield
-
-
-def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """Path, size and time of a file, or of every file of a folder."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,17 +24,17 @@ from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.functions import Batch, encode_images, inpainting_channels, programs
 from sdjax.request import (
     BATCH,
-    SAMPLING,
     STRENGTHS,
     Plan,
     Request,
+    check_request,
     check_settings,
-    filled_in,
     plan,
     size_of,
     stacked,
 )
 from sdjax.sharding import HERE, Placement, over
+from sdjax.target import pinned
 from sdjax.tokenizer import Tokenizer
 from sdjax.types import Array, Latent, Params
 
@@ -56,14 +55,14 @@ class Source(NamedTuple):
     """
 
     size: tuple[int, int]
-    known: Latent
-    mask: Array
-    concat: Array
+    known: Any
+    mask: Any
+    concat: Any
     finish: Callable[[Image.Image], Image.Image]
 
 
-Sources = dict[Any, tuple[Request, Source]]
-"""Prepared pictures by what names them, each with the first request that had it."""
+Sources = dict[Any, Source]
+"""Prepared pictures by the content of picture and mask, and the size asked for."""
 
 
 class Prepared(NamedTuple):
@@ -190,11 +189,11 @@ class Pipeline:
         Requests may differ in everything; those of one shape (size, clip_skip, up to 64 rows of a sampler, then up to
         128, ...) share one compiled program, and each picture equals the one made alone. Requests are taken as they are
         needed: memory stays bounded over any number of them. What is left at the end runs in batches filled up with
-        copies. on_error: called for a request that cannot be made, and the others go on; without it, the error is
-        raised.
+        copies. on_error: called for a request that cannot be made, and the others go on; without it, and where
+        `requests` itself fails, no more are taken, and the error is raised when those before it have been handed out.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: as `text_to_image`, when the request is taken.
+            ValueError, TypeError, FileNotFoundError: as `text_to_image`.
             FloatingPointError: a picture came out as NaN or infinity.
         """
         check_settings(batch=batch)
@@ -202,31 +201,56 @@ class Pipeline:
         waiting: dict[tuple[Any, ...], list[Prepared]] = {}
         sources: Sources = {}
 
-        def batches() -> Iterator[list[Prepared]]:
-            for request in requests:
+        failed: Exception | None = None
+
+        def fail(request: Request, error: Exception) -> None:
+            nonlocal failed
+            if on_error is None:
+                failed = failed or error
+            else:
+                on_error(request, error)
+
+        def ready() -> Iterator[Prepared]:
+            """The requests, prepared, up to the first error that nobody takes."""
+            nonlocal failed
+            taken = iter(requests)
+            while failed is None:
                 try:
-                    ready = self._prepared(request, sources)
+                    request = next(taken)
+                except StopIteration:
+                    return
+                except Exception as error:  # of whoever gives the requests
+                    failed = error
+                    return
+                try:
+                    yield self._prepared(request, sources)
                 except (ValueError, TypeError, OSError) as error:
-                    if on_error is None:
-                        raise
-                    on_error(request, error)
-                    continue
-                same = waiting.setdefault(ready.shape, [])
-                same.append(ready)
+                    fail(request, error)
+
+        def batches() -> Iterator[list[Prepared]]:
+            for one in ready():
+                same = waiting.setdefault(one.shape, [])
+                same.append(one)
                 if len(same) == batch:
-                    yield waiting.pop(ready.shape)
+                    yield waiting.pop(one.shape)
                 elif sum(map(len, waiting.values())) >= WAITING * batch:
                     yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
             yield from waiting.values()
 
         before: tuple[list[Prepared], tuple[Array, Array]] | None = None
         for part in batches():
-            result = self._run(part, batch, None)  # under way while the batch before is handed out
+            try:
+                result = self._run(part, batch, None)  # under way while the batch before is handed out
+            except Exception as error:  # too little memory, above all; what was made before is handed out all the same
+                failed = failed or error
+                break
             if before is not None:
-                yield from self._finished(*before, on_error)
+                yield from self._finished(*before, fail)
             before = part, result
         if before is not None:
-            yield from self._finished(*before, on_error)
+            yield from self._finished(*before, fail)
+        if failed is not None:
+            raise failed
 
     def _pictures(
         self,
@@ -260,28 +284,22 @@ class Pipeline:
         results: list[Image.Image] = []
         for first in range(0, total, batch):
             part = ready[first : first + batch]
-            results += [picture for _, picture in self._finished(part, self._run(part, batch, progress), None)]
+            results += [picture for _, picture in self._finished(part, self._run(part, batch, progress), _raise)]
         return results
 
+    @pinned
     def _prepared(self, request: Request, sources: Sources) -> Prepared:
         """Checks a request and does all that can be done for it alone. sources: pictures that were prepared before."""
         config = self.config
-        full = filled_in(request, config.sampling)
-        check_settings(
-            prompts=[request.prompt],
-            negative_prompt=request.negative_prompt,
-            seed=request.seed,
-            clip_skip=request.clip_skip,
-            noise=request.noise,
-            **{name: getattr(full, name) for name in SAMPLING},
-        )
+        full = check_request(request, config, self.name)
         worked_out = plan(full, config)
-        key = (*(_name(file) for file in (request.image, request.mask)), request.width, request.height)
+        files = (request.image, request.mask)
+        key = (*(None if file is None else images.content_hash(file) for file in files), request.width, request.height)
         if key not in sources:
             if len(sources) >= SOURCES:
                 del sources[next(iter(sources))]
-            sources[key] = request, self._source(request)  # the request keeps its pictures, and so their ids, alive
-        _, source = sources[key]
+            sources[key] = self._source(request)
+        source = sources[key]
         latent = source.known.shape[1:]
         if not isinstance(request.noise, str) and np.shape(request.noise) != latent:
             raise ValueError(f"noise must have the shape {latent} for each picture, found {np.shape(request.noise)}")
@@ -290,60 +308,20 @@ class Pipeline:
         return Prepared(request, worked_out, source, texts, request.image is None or full.strength == 1, shape)
 
     def _source(self, request: Request) -> Source:
-        """The picture and mask of a request, or what stands for them in text to image."""
+        """The picture and mask of a request, encoded, or what stands for them in text to image."""
         config, params = self.config, self.params["vae"]
-        extra = config.unet.in_channels - config.unet.out_channels
-        sees_mask = config.unet.in_channels == 9
-        if extra != 0 and not sees_mask:
-            raise ValueError(
-                f"{self.name} has {config.unet.in_channels} input channels; text-to-image, image-to-image and "
-                "inpainting are for models with 4 or 9"
-            )
-        if request.image is None:
-            if request.mask is not None:
-                raise ValueError("a mask needs the image that it belongs to")
-            size = size_of(request, config, None)
-        else:
-            original = images.load_image(request.image)
-            size = size_of(request, config, original.size)
-        asked = request.width is not None
-        height, width = size[1] // config.vae.downscale, size[0] // config.vae.downscale
-        known: Any = np.zeros((1, height, width, config.vae.latent_channels), np.float32)
-        mask: Any = np.ones((1, height, width, 1), np.float32)
-        concat: Any = np.zeros((1, height, width, 0), np.float32)
-
-        def finish(result: Image.Image) -> Image.Image:
-            return result
-
-        array = jnp.zeros((1, size[1], size[0], config.vae.image_channels))  # an inpainting model without a picture
-        whole = jnp.ones((1, size[1], size[0], 1))  # sees that everything is to be painted
+        pixels = pixels_of(request, config)
+        shape = (1, pixels.size[1] // config.vae.downscale, pixels.size[0] // config.vae.downscale)
+        known: Any = np.zeros((*shape, config.vae.latent_channels), np.float32)
+        concat: Any = np.zeros((*shape, 0), np.float32)
         if request.image is not None:
-            picture = images.fit(original, size)
-            array = jnp.asarray(images.to_array(picture))[None]
-            known = encode_images(params, array, config=config)
+            known = encode_images(params, jnp.asarray(pixels.picture), config=config)
+        if config.unet.in_channels == 9:
+            arrays = jnp.asarray(pixels.picture), jnp.asarray(pixels.mask)
+            concat = inpainting_channels(params, *arrays, config=config)
+        return Source(pixels.size, known, pixels.cells, concat, pixels.finish)
 
-            def finish(result: Image.Image) -> Image.Image:
-                return result if asked else _resized(result, original.size)
-
-        if request.mask is not None:
-            given = images.load_mask(request.mask, original.size)
-            fitted = images.load_mask(images.fit(Image.fromarray(np.round(given * 255).astype(np.uint8)), size), size)
-            whole = jnp.asarray(fitted)[None, ..., None]
-            cells = images.latent_mask(whole, config.vae.downscale)
-            if not cells.any():
-                cell = config.vae.downscale
-                raise ValueError(f"the mask is too fine and would paint nothing; make it {cell} pixels wide or more")
-            mask = cells
-
-            def finish(result: Image.Image) -> Image.Image:
-                if asked:
-                    return images.paste_back(picture, result, fitted)
-                return images.paste_back(original, _resized(result, original.size), given)
-
-        if sees_mask:
-            concat = inpainting_channels(params, array, whole, config=config)
-        return Source(size, known, mask, concat, finish)
-
+    @pinned
     def _run(self, part: list[Prepared], batch: int, progress: Progress | None) -> tuple[Array, Array]:
         """Requests of one shape -> pictures u8[batch, H, W, 3], and whether each is finite, bool[batch].
 
@@ -390,7 +368,7 @@ class Pipeline:
         self,
         part: list[Prepared],
         result: tuple[Array, Array],
-        on_error: Callable[[Request, Exception], None] | None,
+        fail: Callable[[Request, Exception], None],
     ) -> Iterator[tuple[Request, Image.Image]]:
         pictures, finite = images.to_images(result[0]), np.asarray(result[1])
         for ready, picture, good in zip(part, pictures, finite, strict=False):  # without what filled the batch up
@@ -402,9 +380,64 @@ class Pipeline:
                 f"the picture of seed {ready.request.seed} came out as NaN or infinity in {dtype}; try "
                 f"{'float32' if dtype != np.float32 else 'less guidance, or another file of the model'}"
             )
-            if on_error is None:
-                raise error
-            on_error(ready.request, error)
+            fail(ready.request, error)
+
+
+def _raise(_: Request, error: Exception) -> None:
+    raise error
+
+
+class Pixels(NamedTuple):
+    """A request's picture and mask on the host, as the networks will see them. size: (width, height) to work at.
+
+    picture: f32[1, H, W, 3], zeros without one; mask: f32[1, H, W, 1], and cells: f32[1, h, w, 1], of the latent's
+    grid; ones without a mask. finish: from what the model made to what was asked for.
+    """
+
+    size: tuple[int, int]
+    picture: np.ndarray
+    mask: np.ndarray
+    cells: np.ndarray
+    finish: Callable[[Image.Image], Image.Image]
+
+
+def pixels_of(request: Request, config: ModelConfig) -> Pixels:
+    """Opens and fits the picture and the mask of a request; no network is needed for it.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it cannot be read, or the mask does not fit or paints nothing.
+    """
+    cell = config.vae.downscale
+    if request.image is None:
+        size = size_of(request, config, None)
+        empty = np.zeros((1, size[1], size[0], config.vae.image_channels), np.float32)
+        whole = np.ones((1, size[1], size[0], 1), np.float32)
+        return Pixels(size, empty, whole, images.latent_mask(whole, cell), lambda result: result)
+    original = images.load_image(request.image)
+    size = size_of(request, config, original.size)
+    asked, picture = request.width is not None, images.fit(original, size)
+    array, whole = images.to_array(picture)[None], np.ones((1, size[1], size[0], 1), np.float32)
+    if request.mask is None:
+        return Pixels(
+            size,
+            array,
+            whole,
+            images.latent_mask(whole, cell),
+            lambda result: result if asked else _resized(result, original.size),
+        )
+    given = images.load_mask(request.mask, original.size)
+    fitted = images.load_mask(images.fit(Image.fromarray(np.round(given * 255).astype(np.uint8)), size), size)
+    whole = fitted[None, ..., None]
+    cells = images.latent_mask(whole, cell)
+    if not cells.any():
+        raise ValueError(f"the mask is too fine and would paint nothing; make it {cell} pixels wide or more")
+
+    def finish(result: Image.Image) -> Image.Image:
+        if asked:
+            return images.paste_back(picture, result, fitted)
+        return images.paste_back(original, _resized(result, original.size), given)
+
+    return Pixels(size, array, whole, cells, finish)
 
 
 def _joined(arrays: list[Any]) -> Any:
@@ -419,11 +452,6 @@ def _noise(request: Request, shape: tuple[int, ...]) -> Any:
         return request.noise
     height, width, channels = shape
     return torch_noise(request.seed, (channels, height, width)).transpose(1, 2, 0)
-
-
-def _name(file: images.ImageLike | None) -> Any:
-    """What a picture can be found again by while its request is alive."""
-    return str(file) if isinstance(file, str | Path) else id(file)
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

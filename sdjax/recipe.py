@@ -21,6 +21,7 @@ import sdjax
 from sdjax.config import SamplingConfig
 from sdjax.request import SAMPLING, Request, filled_in
 from sdjax.storage.files import new_file
+from sdjax.target import environment
 
 KEY = "sdjax"
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -48,6 +49,10 @@ OTHER_TOOLS = {
 """Sampler names as other tools spell them."""
 
 
+ADDED = ("conversion", "environment")
+"""Entries that recipes of earlier versions lack."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What made one picture. Fields are the command line's options; image and mask are [path, sha256] or None."""
@@ -72,26 +77,36 @@ class Recipe:
     noise: str
     image: tuple[str, str] | None
     mask: tuple[str, str] | None
+    conversion: dict[str, Any] = dataclasses.field(default_factory=dict)  # how a foreign model's file was read
+    environment: dict[str, str] = dataclasses.field(default_factory=environment)  # what was set that changes numbers
     version: str = dataclasses.field(default_factory=lambda: sdjax.__version__)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        if text.encode("utf-8", "replace").decode() != text:  # a file's name that is no text
+            return json.dumps(dataclasses.asdict(self))
+        return text
 
     @staticmethod
     def from_json(text: str) -> Recipe:
         """The inverse of `to_json`. Raises ValueError if it is none."""
         try:
-            data = json.loads(text)
+            data: dict[str, Any] = json.loads(text)
             names = {field.name for field in dataclasses.fields(Recipe)}
-            if not isinstance(data, dict) or set(data) != names:
+            if not isinstance(data, dict) or not names - {*ADDED} <= set(data):
                 raise ValueError("the entries are not those of a recipe")
+            if unknown := sorted(set(data) - names):
+                made = f"it was made by sdjax {data['version']!s:.20}; update yours"
+                raise ValueError(f"{unknown[0]!r:.60} is no entry that is known ({made})")
+            for name in ADDED:
+                data.setdefault(name, {})
             for name in ("image", "mask"):
                 data[name] = None if data[name] is None else (str(data[name][0]), str(data[name][1]))
             start, stop = data["guidance_interval"]
             data["guidance_interval"] = (float(start), float(stop))
             return Recipe(**data)
         except (ValueError, TypeError, IndexError, KeyError, RecursionError) as error:
-            raise ValueError(f"the recipe in this picture is damaged ({error})") from None
+            raise ValueError(f"the recipe is damaged ({error})") from None
 
     def parameters(self) -> str:
         """The text that other tools read: prompt, negative prompt, then one line of settings."""
@@ -113,7 +128,7 @@ class Recipe:
             settings["Clip skip"] = self.clip_skip + 1
         settings["Version"] = f"sdjax {self.version}"
         lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
-        return "\n".join(lines)
+        return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 IN_REQUEST = ("prompt", "negative_prompt", "seed", "noise", "clip_skip", *(set(SAMPLING) - {"strength"}))
@@ -129,8 +144,11 @@ def recipe_of(
     dtype: str,
     image: tuple[str, str] | None = None,
     mask: tuple[str, str] | None = None,
+    conversion: dict[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe of a request's picture. own: the model's defaults; image, mask: path and sha256 of what was given."""
+    """The recipe of a request's picture. own: the model's defaults; image, mask: path and sha256 of what was given;
+    conversion: how the model's file was read (`sdjax.load`).
+    """
     full = filled_in(request, own)
     return Recipe(
         task="txt2img" if image is None else "img2img" if mask is None else "inpaint",
@@ -140,6 +158,7 @@ def recipe_of(
         dtype=dtype,
         image=image,
         mask=mask,
+        conversion=conversion or {},
         strength=None if image is None else full.strength,
         **{name: getattr(full, name) for name in IN_REQUEST},
     )
@@ -162,6 +181,7 @@ def encoded(image: Image.Image, recipe: Recipe, suffix: str = ".png") -> bytes:
         image.save(file, kind, pnginfo=info)
     else:
         exif = Image.Exif()
+        exif.endian = ">"  # the order of the bytes in the comment, too
         exif[DESCRIPTION] = f"{KEY}: {json.dumps(json.loads(own))}"  # ASCII alone
         exif.get_ifd(EXIF_FOLDER)[COMMENT] = COMMENT_CODE + parameters.encode("utf-16-be")
         image.save(file, kind, exif=exif, quality=QUALITY)
@@ -177,27 +197,36 @@ def save_picture(path: str | Path, image: Image.Image, recipe: Recipe) -> None:
         FileExistsError: `path` is there and was not made by sdjax. OSError: it could not be written.
     """
     path = Path(path)
-    if path.exists() and not has_recipe(path):
-        raise FileExistsError(f"{path} is already there and was not made by sdjax; choose another name or remove it")
+    refuse_foreign(path)
     with new_file(path, force=True) as temporary:
         temporary.write_bytes(encoded(image, recipe, path.suffix.lower()))
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises FileExistsError if `path` is there and not a picture made by sdjax."""
+    if path.exists() and not has_recipe(path):
+        raise FileExistsError(f"{path} is already there and was not made by sdjax; choose another name or remove it")
 
 
 def has_recipe(path: Path) -> bool:
     """Whether a file is a picture with a recipe of ours."""
     try:
         return KEY in _texts(path)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe of a picture.
+    """The recipe of a picture, or in a .json as shards have it next to each picture.
 
     Raises:
         FileNotFoundError: no such file. ValueError: no picture, no recipe of ours in it, or a damaged one.
     """
-    texts = _texts(Path(path))
+    path = Path(path)
+    if path.suffix.lower() == ".json" and path.is_file():
+        texts = {KEY: path.read_text("utf-8", "replace")}
+    else:
+        texts = _texts(path)
     if KEY not in texts:
         raise ValueError(f"{path}: no recipe of sdjax in this picture; it was made, or saved again, by something else")
     try:
@@ -212,21 +241,66 @@ def read_parameters(path: str | Path) -> str | None:
 
 
 def _texts(path: Path) -> dict[str, str]:
-    """The texts of a PNG by their names; of WebP and JPEG, those that `encoded` writes."""
+    """The texts of a PNG by their names; of other kinds the two that `encoded` writes into EXIF.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: no picture, or one whose texts cannot be read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such picture file")
     try:
         with Image.open(path) as image:
+            kind, texts = image.format, _exif_texts(image)
             if isinstance(image, PngImagePlugin.PngImageFile):
-                return {str(key): str(value) for key, value in image.text.items()}
-            if image.format not in FORMATS.values():
-                raise ValueError(f"{path}: a {image.format} picture; recipes are in PNG, WebP and JPEG files")
-            exif, texts = image.getexif(), {}
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
-    comment, description = exif.get_ifd(EXIF_FOLDER).get(COMMENT), exif.get(DESCRIPTION)
-    if isinstance(comment, bytes) and comment.startswith(COMMENT_CODE):
-        texts["parameters"] = comment[len(COMMENT_CODE) :].decode("utf-16-be", "replace")
+                texts |= {str(key): str(value) for key, value in image.text.items()}
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}; sdjax makes no such pictures") from None
+    except Exception as error:  # Pillow raises almost anything on damaged files and metadata
+        raise ValueError(f"{path}: not a picture that can be read ({error or type(error).__name__})") from None
+    if not texts and kind not in FORMATS.values():
+        raise ValueError(f"{path}: a {kind} picture; recipes are in PNG, WebP and JPEG files")
+    return texts
+
+
+def _exif_texts(image: Image.Image) -> dict[str, str]:
+    """UserComment as "parameters", and our own recipe from ImageDescription; what is odd in EXIF is passed over."""
+    texts: dict[str, str] = {}
+    try:
+        exif = image.getexif()
+        comment, description = exif.get_ifd(EXIF_FOLDER).get(COMMENT), exif.get(DESCRIPTION)
+    except Exception:  # a damaged EXIF
+        return texts
+    parameters = decoded_comment(comment, "be" if exif.endian == ">" else "le")
+    if parameters is not None:
+        texts["parameters"] = parameters
     if isinstance(description, str) and description.startswith(f"{KEY}: "):
         texts[KEY] = description.removeprefix(f"{KEY}: ")
     return texts
+
+
+def decoded_comment(comment: Any, order: str) -> str | None:
+    """The text of an EXIF UserComment, or None if it is no text (EXIF 2.3, section 4.6.5).
+
+    order: "be" or "le", the byte order that the EXIF itself says. Tools disagree about that of UTF-16, so the one that
+    gives more plain letters is taken, or UTF-8.
+    """
+    if isinstance(comment, str):
+        return comment.removeprefix("UNICODE").removeprefix("ASCII").strip("\0")
+    if not isinstance(comment, bytes):
+        return None
+    code, text = comment[:8], comment[8:]
+    if code == COMMENT_CODE:
+        other = {"be": "le", "le": "be"}[order]
+        marked = text.startswith((b"\xff\xfe", b"\xfe\xff"))
+        codecs = ["utf-16"] if marked else [f"utf-16-{order}", f"utf-16-{other}", "utf-8"]
+        return max((text.decode(codec, "replace") for codec in codecs), key=_plain_letters).strip("\0")
+    if code == b"JIS\0\0\0\0\0":
+        return text.decode("iso2022_jp", "replace").strip("\0")
+    if code in (b"ASCII\0\0\0", bytes(8)):
+        return text.decode("utf-8", "replace").strip("\0")
+    return comment.decode("utf-8", "replace").strip("\0")  # no code at all
+
+
+def _plain_letters(text: str) -> int:
+    """Characters of ASCII; none where zeros stand between them, as in UTF-16 read as UTF-8."""
+    return 0 if "\0" in text.strip("\0") else sum("\t" <= letter <= "~" for letter in text)

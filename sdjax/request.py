@@ -111,6 +111,41 @@ def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None
     return working_size(given, asked=(request.width, request.height), multiple=multiple)
 
 
+def check_request(request: Request, config: ModelConfig, name: str) -> Request:
+    """The request with every default in its place, if a model can make it as far as that shows without its picture.
+
+    name: of the model, for messages.
+
+    Raises:
+        TypeError: not a `Request`. ValueError: a setting is out of range, of the wrong kind, or not for this model.
+    """
+    if not isinstance(request, Request):
+        raise TypeError(f"expected a sdjax.Request, found {type(request).__name__}; write Request(prompt, seed=1, ...)")
+    full = filled_in(request, config.sampling)
+    check_settings(
+        prompts=[request.prompt],
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        clip_skip=request.clip_skip,
+        noise=request.noise,
+        **{setting: getattr(full, setting) for setting in SAMPLING},
+    )
+    channels, latent = config.unet.in_channels, config.unet.out_channels
+    if channels not in (latent, 9):
+        raise ValueError(
+            f"{name} has {channels} input channels; text-to-image, image-to-image and inpainting are for models with "
+            f"{latent} or 9"
+        )
+    if full.steps is not None and full.steps > config.schedule.steps:
+        raise ValueError(f"steps must be a whole number in [1, {config.schedule.steps}], found {full.steps}")
+    if request.clip_skip is not None and request.clip_skip >= config.clip.layers:
+        raise ValueError(f"clip_skip must lie in [0, {config.clip.layers}), found {request.clip_skip}")
+    if request.mask is not None and request.image is None:
+        raise ValueError("a mask needs the image that it belongs to")
+    size_of(request, config, None if request.image is None else (8, 8))  # any picture: what was asked for counts
+    return full
+
+
 class Plan(NamedTuple):
     """How to sample one picture, on the host. rows: with guidance filled in, float64[s, ...]; calls: the first rows,
     those that run; sigma: the level to start at.
@@ -222,6 +257,9 @@ def check_settings(
     good = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(text, str) for text in prompts)
     need(good, "prompt", "a string, or a list of at least one string", prompts)
     need(isinstance(negative_prompt, str), "negative_prompt", "a string", negative_prompt)
+    for name, text in (*(("prompt", text) for text in prompts), ("negative_prompt", negative_prompt)):
+        whole = text.encode("utf-8", "replace").decode() == text
+        need(whole, name, "text (half of a character, or bytes that are none, cannot be kept in a recipe)", text)
     need(is_int(steps) and steps > 0, "steps", "a whole number above 0", steps)
     need(is_real(guidance), "guidance", "a finite number", guidance)
     need(is_real(guidance_rescale, 0, 1), "guidance_rescale", "in [0, 1]", guidance_rescale)

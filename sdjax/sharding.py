@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sdjax.target import compiler_options, written_for
+from sdjax.target import compiler_options, pinned, written_for
 from sdjax.types import Params
 
 DATA, MODEL = "data", "model"
@@ -114,7 +114,8 @@ def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
     if placement.exact:
         function = _one_by_one(function, in_axes, out_axes)
     if placement.devices is None:
-        return jax.jit(function, compiler_options=options)
+        here = jax.jit(function, compiler_options=options)
+        return _program(here, here.lower, here)
     if placement.parallel == "pmap":
         return _pmapped(function, in_axes, out_axes, placement)
     mesh = placement.mesh
@@ -131,7 +132,6 @@ def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
         compiler_options=options,
     )
 
-    @wraps(function)
     def call(*arguments: Any) -> Any:
         return program(*place(*arguments))
 
@@ -150,8 +150,16 @@ def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
         ]
         return program.lower(*shapes)
 
-    call.program, call.lower = program, lower  # type: ignore[attr-defined]
-    return cast(Program, call)
+    return _program(call, lower, program)
+
+
+def _program(call: Callable[..., Any], lower: Callable[..., Any], program: Any) -> Program:
+    """A program that is run and lowered inside `numerics`, so that what is compiled ahead is what runs. program: the
+    jitted function itself.
+    """
+    pinned_call = pinned(call)
+    pinned_call.lower, pinned_call.program = pinned(lower), program  # type: ignore[attr-defined]
+    return cast(Program, pinned_call)
 
 
 def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -230,7 +238,6 @@ def _pmapped(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: A
         leaf = jnp.asarray(leaf)
         return leaf.reshape(*leaf.shape[:axis], shares, leaf.shape[axis] // shares, *leaf.shape[axis + 1 :])
 
-    @wraps(function)
     def call(*arguments: Any) -> Any:
         result = program(*_along(split, in_axes, arguments))
         return _along(lambda leaf, axis: jax.lax.collapse(leaf, axis, axis + 2), out_axes, result)
@@ -238,5 +245,4 @@ def _pmapped(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: A
     def lower(*arguments: Any) -> Any:
         return program.lower(*jax.eval_shape(lambda *leaves: _along(split, in_axes, leaves), *arguments))
 
-    call.lower = lower  # type: ignore[attr-defined]
-    return cast(Program, call)
+    return _program(call, lower, program)

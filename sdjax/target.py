@@ -1,9 +1,12 @@
-"""What programs are written and compiled for: the platform, and the options of its compiler."""
+"""What programs are written and compiled for: the platform, JAX's numerics, and the compiler's options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import jax
 
@@ -20,6 +23,52 @@ devices by itself. `sdjax.sharding.spread` says so where neither is asked of the
 
 CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 """Compiles in two thirds of the time; the programs are as fast."""
+
+GENERATOR = "threefry2x32"
+"""The random generator of every key, whatever JAX's default is (`jax.random.key(seed, impl=GENERATOR)`)."""
+
+HARMLESS_FLAGS = ("--xla_force_host_platform_device_count", "--xla_dump", "--xla_hlo_profile")
+"""How flags of XLA begin that change no numbers."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@contextmanager
+def numerics() -> Iterator[None]:
+    """Inside, JAX computes and draws as this project was proven to, whatever its configuration and environment say."""
+    with ExitStack() as stack:
+        stack.enter_context(jax.threefry_partitionable(True))
+        stack.enter_context(jax.default_prng_impl(GENERATOR))
+        stack.enter_context(jax.enable_x64(False))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        yield
+
+
+def pinned(function: Function) -> Function:
+    """The same function, run inside `numerics`."""
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with numerics():
+            return function(*arguments, **options)
+
+    return cast(Function, call)
+
+
+def environment() -> dict[str, str]:
+    """What is set around a process that changes its numbers and cannot be pinned; a picture's recipe names it."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(HARMLESS_FLAGS)]
+    found = {name: os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")}
+    found["XLA_FLAGS"] = " ".join(flags)
+    for name, usual in (
+        ("jax_default_matmul_precision", None),
+        ("jax_disable_most_optimizations", False),
+        ("jax_disable_jit", False),
+    ):
+        value = jax.config.values[name]
+        found[name.upper()] = "" if value == usual else str(value)
+    return {name: value for name, value in sorted(found.items()) if value}
 
 
 def platform() -> str:

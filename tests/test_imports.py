@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module imports from lower rows, and from its own without going in circles
     {"types", "config", "hints", "target", "hosts", "assets", "assets.make_clip_merges"},
-    {"storage", "storage.files"},
+    {"storage", "storage.files", "storage.cache"},
     {"models", "models.layers", "models.clip", "models.unet", "models.vae", "models.params"}
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
     {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"} | {"diffusion.torch_noise"},
     {"sharding", "functions", "pipeline", "request", "checkpoint", "recipe"},
     {"train", "train.losses", "train.step", "train.data", "train.plots", "train.settings", "train.tasks", "train.loop"}
     | {"job_file", "outputs", "batch"},
-    {"load", "selftest", "compilation", "cli", "train.command"},
+    {"load", "selftest", "compilation", "train.command", "cli", "cli.__main__"}
+    | {f"cli.{name}" for name in ("run", "options", "terminal", "model", "generate", "batch", "info", "warmup")},
 ]
 ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}
 CONVERT_MAY_USE = ("sdjax.config", "sdjax.types", "sdjax.models.params", "sdjax.checkpoint", "sdjax.tokenizer") + (
@@ -84,7 +85,7 @@ def test_networks_and_diffusion_do_not_know_each_other():
 
 def test_only_loading_and_the_command_line_know_the_converter():
     users = {module for module in LIBRARY for name in ours(module) if name.split(".")[0] == "convert"}
-    assert users <= {"sdjax.load", "sdjax.cli"}
+    assert users <= {"sdjax.load"}
     assert "sdjax.load" in users
 
 
@@ -112,7 +113,7 @@ def test_pytorch_is_imported_by_the_legacy_reader_alone_and_only_when_it_runs():
 
 
 def test_importing_the_package_brings_in_no_pytorch():
-    program = "import sys, sdjax, sdjax.cli, sdjax.selftest, convert.__main__; print(*sorted(sys.modules))"
+    program = "import sys, sdjax.cli.run, sdjax.load, sdjax.selftest, convert.__main__; print(*sorted(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr

@@ -25,13 +25,13 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         FileExistsError: `path` is there and `force` is not given. FileNotFoundError: its parent is not there.
     """
     refuse_existing(path, force)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", suffix=".partial", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=partial_name(path.name), suffix=".partial", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         flush_tree(temporary)
         if path.is_dir() and not path.is_symlink():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", suffix=".old", dir=path.parent))
+            old = Path(tempfile.mkdtemp(prefix=partial_name(path.name), suffix=".old", dir=path.parent))
             path.rename(old / path.name)
             try:
                 temporary.rename(path)
@@ -54,7 +54,7 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
 def new_file(path: Path, force: bool = False) -> Iterator[Path]:
     """The same for a file: the block writes to a temporary name next to `path`. Raises as `new_folder`."""
     refuse_existing(path, force)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}.", suffix=".partial", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=partial_name(path.name), suffix=".partial", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -66,6 +66,19 @@ def new_file(path: Path, force: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises OSError, naming the folder, if no file can be made in it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(f"{folder}: cannot be written into ({error.strerror}); choose another folder") from None
+
+
+def partial_name(name: str) -> str:
+    """The beginning of a temporary name for a file or folder that will have this name; short enough beside it."""
+    return f".{os.fsencode(name)[:60].decode('utf-8', 'ignore')}."
 
 
 def refuse_existing(path: Path, force: bool) -> None:

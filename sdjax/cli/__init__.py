@@ -1,0 +1,55 @@
+"""The command line: `sdjax txt2img | img2img | inpaint | batch | train | warmup | info | selftest`.
+
+Options left out take the values of the recipe given by --recipe, else the defaults of `Pipeline`. Whatever goes wrong
+with what the user gave is one line on the error stream and exit status 2; pictures made before that are kept.
+
+This module imports nothing large: Ctrl-C is one line, too, while the libraries load.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    from sdjax.cli.run import run
+
+    return run(arguments)
+
+
+def script() -> int:
+    """What the installed command calls: `main`, with one line for Ctrl-C at any moment."""
+    usual = signal.getsignal(signal.SIGINT)
+    interruptible = usual is signal.default_int_handler  # not where a shell started this in the background
+    if interruptible:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        from sdjax.cli.run import run
+
+        if interruptible:
+            signal.signal(signal.SIGINT, usual)
+        status = run()
+    except KeyboardInterrupt:
+        leave()
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, leave)
+    if status == INTERRUPTED:  # without waiting for what is still compiled at the side
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def leave(*_: Any) -> None:
+    """Ends the process at once; nothing is under way, or it was interrupted before."""
+    os.write(2, b"sdjax: interrupted; what was made so far is kept\n")
+    os._exit(INTERRUPTED)

@@ -1,0 +1,122 @@
+"""`sdjax info` and `sdjax selftest`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tarfile
+from pathlib import Path
+
+from sdjax.cli.model import conversion_of, load_model, progress_bars
+from sdjax.cli.terminal import note
+
+
+def show_info(options: argparse.Namespace) -> int:
+    """Prints a picture's recipe or a model's contents."""
+    path = Path(options.path).expanduser()
+    if path.is_file() and _is_tar(path):
+        print(_shard_text(path), end="")
+    elif path.is_file() and path.suffix.lower() == ".json":
+        print(_recipe_text(path), end="")
+    elif path.is_file() and _is_picture(path):
+        print(_picture_text(path), end="")
+    elif path.is_dir() and (path / "job.json").is_file():
+        print(_job_text(path), end="")
+    elif path.is_dir() and (path / "settings.json").is_file() and not (path / "config.json").is_file():
+        print(_training_text(path), end="")
+    else:
+        from sdjax.load import describe, find
+
+        print(describe(find(options.path), **conversion_of(options)), end="")
+    return 0
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
+
+
+def _is_tar(path: Path) -> bool:
+    return _head(path)[257:262] == b"ustar"
+
+
+def _is_picture(path: Path) -> bool:
+    """By its first bytes, or by a name that says so."""
+    from PIL import Image
+
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
+        return True
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # Pillow raises almost anything on what is no picture
+        return False
+
+
+def _picture_text(path: Path) -> str:
+    from sdjax.recipe import KEY, read_parameters, read_recipe
+
+    parameters = read_parameters(path)
+    if parameters is None:
+        raise ValueError(f"{path}: no recipe in this picture")
+    try:
+        return f"{parameters}\n{KEY}: {read_recipe(path).to_json()}\n"
+    except ValueError as error:
+        note(str(error))
+        return f"{parameters}\n"
+
+
+def _recipe_text(path: Path) -> str:
+    """A recipe out of a shard."""
+    from sdjax.recipe import KEY, read_recipe
+
+    recipe = read_recipe(path)
+    return f"{recipe.parameters()}\n{KEY}: {recipe.to_json()}\n"
+
+
+def _shard_text(path: Path) -> str:
+    """How many pictures a shard holds, and the first one's recipe."""
+    from sdjax.recipe import KEY, Recipe
+
+    first, pictures = None, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.name.endswith(".json"):
+                    pictures += 1
+                elif first is None and (file := tar.extractfile(member)) is not None:
+                    first = Recipe.from_json(file.read().decode("utf-8", "replace"))
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a shard that can be read ({error})") from None
+    shown = "" if first is None else f"the first one:\n{first.parameters()}\n{KEY}: {first.to_json()}\n"
+    return f"shard       {pictures} pictures\n{shown}"
+
+
+def _job_text(folder: Path) -> str:
+    """What a job's folder says of the job and of how far it is."""
+    said = json.loads((folder / "job.json").read_text("utf-8"))
+    lines = sum(1 for _ in open(folder / "jobs.jsonl", "rb")) if (folder / "jobs.jsonl").is_file() else 0  # noqa: SIM115
+    made = sum(file.read_bytes().count(b"\n") for file in folder.glob("manifest*.jsonl"))
+    failed = sum(file.read_bytes().count(b"\n") for file in folder.glob("failed*.jsonl"))
+    settings = ", ".join(f"{name} {value}" for name, value in said.items() if name not in ("requests", "content"))
+    return f"job         {lines} requests, {made} pictures made, {failed} failed\nsettings    {settings}\n"
+
+
+def _training_text(folder: Path) -> str:
+    """What a training's folder says of its settings and of how far it is."""
+    said = json.loads((folder / "settings.json").read_text("utf-8"))
+    rows = (folder / "metrics.jsonl").read_text("utf-8").splitlines() if (folder / "metrics.jsonl").is_file() else []
+    done = json.loads(rows[-1])["step"] if rows else 0
+    settings = ", ".join(f"{name} {value}" for name, value in said.items())
+    return f"training    {done} of {said.get('steps')} updates\nsettings    {settings}\n"
+
+
+def selftest(options: argparse.Namespace) -> int:
+    """Runs the self-test; exit status 1 if a check failed."""
+    from sdjax.selftest import run
+
+    pipe = None
+    if options.model is not None:
+        with progress_bars(options.model) as (on_convert, _):
+            pipe = load_model(options, on_convert)
+    return 0 if run(pipe) else 1

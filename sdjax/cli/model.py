@@ -1,0 +1,111 @@
+"""The model that a command asked for, on the devices that it asked for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sdjax.cli.terminal import console
+from sdjax.config import ModelConfig
+from sdjax.request import Request
+from sdjax.types import Params
+
+
+def add_conversion(command: argparse.ArgumentParser) -> None:
+    """The options that say how a foreign model's file is to be read, the same for every command that opens one."""
+    add = command.add_argument_group("for models that are no checkpoint of ours").add_argument
+    add("--vae", metavar="FILE", help="take the autoencoder from this file or folder")
+    add("--text-encoder", metavar="FILE", help="take the text encoder from this file or folder")
+    add("--ema", choices=("auto", "yes", "no"), help="the UNet's moving averages (auto: if all are there)")
+    add("--prediction", choices=("epsilon", "v"), help="for Stable Diffusion 2 files, which do not say")
+    add("--config", metavar="FILE", help="a config.json of ours or a preset's name, for models of another kind")
+    add("--ignore", metavar="PATTERN", action="append", help="names that may be there unused, such as loss.*")
+
+
+def conversion_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What of `add_conversion` was given, as `sdjax.load` takes it and recipes keep it."""
+    names = ("vae", "text_encoder", "ema", "prediction", "config", "ignore")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def load_model(
+    options: argparse.Namespace,
+    on_convert: Callable[[int, int], None],
+    *,
+    like: Request | None = None,
+    batch: int = 1,
+    loop: bool = False,
+    on_config: Callable[[ModelConfig], None] | None = None,
+    **given: Any,
+) -> Any:
+    """The model that was asked for. given: what does not come from the options as they are.
+
+    like: a request to come; while the parameters are read, its programs are compiled for `batch` at a time on each
+    device, and for the whole loop or for single steps. on_config: see `sdjax.load`.
+    """
+    from sdjax.compilation import meanwhile, programs_for
+    from sdjax.load import load
+    from sdjax.sharding import HERE
+
+    named = {"model": options.model, "dtype": options.dtype, "placement": HERE} | given
+    conversion = named.pop("conversion", None)
+    conversion = conversion_of(options) if conversion is None else conversion
+    with meanwhile() as start:
+
+        def on_shapes(config: ModelConfig, shapes: Params) -> None:
+            if like is None or named["placement"].parallel == "pmap":
+                return
+            with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
+                options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes)
+                programs = programs_for(like, config, batch, **options)
+                del programs["paint_row" if loop else "paint"]
+                start(programs.values())
+
+        hooks: dict[str, Any] = dict(progress=on_convert, on_config=on_config, on_shapes=on_shapes)
+        return load(named.pop("model") or None, **hooks, **named, **conversion)
+
+
+def placement_of(options: argparse.Namespace, pictures: int | None = None) -> Any:
+    """The devices that were asked for: all of the machine, but no more than there are pictures.
+
+    Several devices of a CPU are one CPU; of these only as many are used as were asked for.
+    """
+    import jax
+
+    from sdjax.sharding import over
+
+    there = jax.local_devices()
+    if options.devices is not None and not 1 <= options.devices <= len(there):
+        raise ValueError(f"--devices must be between 1 and the {len(there)} of this machine, found {options.devices}")
+    devices = options.devices or (1 if there[0].platform == "cpu" else len(there))
+    if pictures is not None:
+        devices = min(devices, pictures * max(1, options.split_params))
+    return over(there[:devices], parallel=options.parallel, model=options.split_params, exact=options.exact)
+
+
+@contextmanager
+def progress_bars(model: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], Callable[..., None]]]]:
+    """Bars on the error stream: one while a file is converted, one for each batch of pictures."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        conversion: list[Any] = []
+
+        def on_convert(done: int, total: int) -> None:
+            if not conversion:
+                conversion.append(bars.add_task(f"converting {Path(model).name} (MB)"))
+            bars.update(conversion[0], completed=done // 10**6, total=total // 10**6)
+
+        def on_step(title: str) -> Callable[..., None]:
+            bar = bars.add_task(title, total=None)
+
+            def step(done: int, total: int, _: Any) -> None:
+                bars.update(bar, completed=done, total=total)
+
+            return step
+
+        yield on_convert, on_step

@@ -1,0 +1,32 @@
+"""`sdjax warmup`: programs ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+
+from sdjax.cli.model import load_model, placement_of, progress_bars
+from sdjax.config import ModelConfig
+from sdjax.request import Request, check_request, check_settings, parse_size
+
+
+def warmup(options: argparse.Namespace) -> int:
+    """Compiles every program for one size and number of pictures."""
+    from sdjax.compilation import warm_up
+    from sdjax.storage.cache import programs_folder
+
+    check_settings(count=options.count)
+    size = (None, None) if options.size is None else parse_size(options.size)
+    request = Request("", width=size[0], height=size[1])
+
+    def check(config: ModelConfig) -> None:
+        check_request(request, config, options.model or config.name)
+
+    with progress_bars(options.model) as (on_convert, _):
+        pipe = load_model(options, on_convert, placement=placement_of(options), on_config=check)
+    width, height = size[0] or pipe.config.image_size, size[1] or pipe.config.image_size
+    seconds = warm_up(pipe, width, height, options.count)
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        if value >= 0.1:
+            print(f"{value:7.1f} s  {name}")
+    print(f"{sum(seconds.values()):7.1f} s  {len(seconds)} programs; kept in {programs_folder()}")
+    return 0
