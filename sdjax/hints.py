@@ -26,12 +26,14 @@ class Hint(NamedTuple):
 HINTS = {
     "vae": Hint("--vae", "FILE", WITH_MODEL),
     "text_encoder": Hint("--text-encoder", "FILE", WITH_MODEL),
-    "ema": Hint("--ema", "no", WITH_MODEL),
+    "ema": Hint("--ema", "no", tuple(command for command in WITH_MODEL if command not in TRAININGS)),
     "prediction": Hint("--prediction", "epsilon", WITH_MODEL),
     "ignore": Hint("--ignore", "NAME", WITH_MODEL),
     "config": Hint("--config", "FILE", WITH_MODEL),
     "dtype": Hint("--dtype", "bfloat16", (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax selftest")),
     "force": Hint("--force", None, ("sdjax-convert",)),
+    "tokenizer": Hint("--tokenizer", "DIR", TRAININGS),
+    "preset": Hint("--preset", "sd15", TRAININGS),
     "recipe": Hint("--recipe", "PICTURE", PICTURES),
     "skip_bad": Hint("--skip-bad", None, ("sdjax batch", *TRAININGS)),
 }

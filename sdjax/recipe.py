@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,8 +293,10 @@ def decoded_comment(comment: Any, order: str) -> str | None:
     if code == COMMENT_CODE:
         other = {"be": "le", "le": "be"}[order]
         marked = text.startswith((b"\xff\xfe", b"\xfe\xff"))
-        codecs = ["utf-16"] if marked else [f"utf-16-{order}", f"utf-16-{other}", "utf-8"]
-        return max((text.decode(codec, "replace") for codec in codecs), key=_plain_letters).strip("\0")
+        texts = [text.decode(codec, "replace") for codec in (f"utf-16-{order}", f"utf-16-{other}")]
+        with suppress(UnicodeDecodeError):
+            texts.append(text.decode("utf-8"))
+        return (text.decode("utf-16", "replace") if marked else max(texts, key=_plain_letters)).strip("\0")
     if code == b"JIS\0\0\0\0\0":
         return text.decode("iso2022_jp", "replace").strip("\0")
     if code in (b"ASCII\0\0\0", bytes(8)):

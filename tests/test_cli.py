@@ -136,7 +136,7 @@ def test_without_a_model_the_box_paints_with_its_own_settings(here, capsys):
         (["txt2img", "x", "--size", "512"], "WIDTHxHEIGHT"),
         (["txt2img", "x", "--size", "13x16"], "multiples of 8"),
         (["txt2img", "x", "--steps", "0"], "steps must be"),
-        (["txt2img", "x", "--count", "0"], "--count"),
+        (["txt2img", "x", "--count", "0"], "count must be 1 or more"),
         (["txt2img", "x", "--guidance", "nan"], "guidance must be a finite number"),
         (["txt2img", "x", "--sampler", "magic"], "sampler must be one of ddpm"),
         (["txt2img", "x", "--spacing", "magic"], "spacing must be one of leading"),

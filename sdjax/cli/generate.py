@@ -52,7 +52,7 @@ def generate(options: argparse.Namespace) -> int:
     size = None if given is None else parse_size(given)
     count, task = options.count, options.task
     if count < 1:
-        raise ValueError(f"--count must be 1 or more, found {count}")
+        raise ValueError(f"count must be 1 or more, found {count}")
     inputs = {name: settings.pop(name) for name in ("image", "mask")}
     prompt, model, dtype, conversion = (settings.pop(name) for name in ("prompt", "model", "dtype", "conversion"))
     if prompt is None:

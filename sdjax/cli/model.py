@@ -16,20 +16,24 @@ from sdjax.request import Request
 from sdjax.types import Params
 
 
-def add_conversion(command: argparse.ArgumentParser) -> None:
-    """The options that say how a foreign model's file is to be read, the same for every command that opens one."""
+def add_conversion(command: argparse.ArgumentParser, *, ema: bool = True) -> None:
+    """The options that say how a foreign model's file is to be read, the same for every command that opens one.
+
+    ema: False for trainings, where --ema is that of the training.
+    """
     add = command.add_argument_group("for models that are no checkpoint of ours").add_argument
     add("--vae", metavar="FILE", help="take the autoencoder from this file or folder")
     add("--text-encoder", metavar="FILE", help="take the text encoder from this file or folder")
-    add("--ema", choices=("auto", "yes", "no"), help="the UNet's moving averages (auto: if all are there)")
+    if ema:
+        add("--ema", choices=("auto", "yes", "no"), help="the UNet's moving averages (auto: if all are there)")
     add("--prediction", choices=("epsilon", "v"), help="for Stable Diffusion 2 files, which do not say")
     add("--config", metavar="FILE", help="a config.json of ours or a preset's name, for models of another kind")
     add("--ignore", metavar="PATTERN", action="append", help="names that may be there unused, such as loss.*")
 
 
-def conversion_of(options: argparse.Namespace) -> dict[str, Any]:
+def conversion_of(options: argparse.Namespace, *, ema: bool = True) -> dict[str, Any]:
     """What of `add_conversion` was given, as `sdjax.load` takes it and recipes keep it."""
-    names = ("vae", "text_encoder", "ema", "prediction", "config", "ignore")
+    names = ("vae", "text_encoder", "prediction", "config", "ignore", *(("ema",) if ema else ()))
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
@@ -81,7 +85,7 @@ def placement_of(options: argparse.Namespace, pictures: int | None = None) -> An
 
     there = jax.local_devices()
     if options.devices is not None and not 1 <= options.devices <= len(there):
-        raise ValueError(f"--devices must be between 1 and the {len(there)} of this machine, found {options.devices}")
+        raise ValueError(f"devices must be between 1 and the {len(there)} of this machine, found {options.devices}")
     devices = options.devices or (1 if there[0].platform == "cpu" else len(there))
     if pictures is not None:
         devices = min(devices, pictures * max(1, options.split_params))

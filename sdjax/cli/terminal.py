@@ -97,15 +97,26 @@ def explained(failure: Exception) -> str:
     if isinstance(failure, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         less = f"make fewer or smaller pictures at once, or use {hint('dtype')}"
         return f"there is too little memory ({_short(text) or 'of this machine'}); {less}"
-    if isinstance(failure, RuntimeError) and ("backend" in text.lower() or "platform" in text.lower()):
-        asked = os.environ.get("JAX_PLATFORMS")
-        if asked:
-            return f"JAX_PLATFORMS is {asked!r}, and JAX finds no such platform here ({_short(text)}); unset it"
-        return f"JAX finds no device to work with ({_short(text)})"
     if isinstance(failure, ValueError | TypeError | OSError | FloatingPointError):
         return text or type(failure).__name__
+    if (reason := _why_no_device()) is not None:
+        asked = os.environ.get("JAX_PLATFORMS")
+        if asked:
+            return f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device here ({reason}); unset it"
+        return f"JAX finds no device to work with ({reason})"
     where = "SDJAX_TRACEBACK=1 in the environment shows where"
     return f"{type(failure).__name__}: {_short(text)}; this is a fault of sdjax or of a library it uses ({where})"
+
+
+def _why_no_device() -> str | None:
+    """What JAX says when asked for its devices, if it has none."""
+    import jax
+
+    try:
+        jax.local_devices()
+    except Exception as error:  # each platform fails in its own way
+        return _short(" ".join(str(error).split())) or type(error).__name__
+    return None
 
 
 def _short(text: str) -> str:
