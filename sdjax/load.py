@@ -96,9 +96,15 @@ def load(
         path = converted(path, progress=progress, on_config=on_config, **given)
     elif on_config is not None:
         on_config(checkpoint.read_config(path))
-    config, params = checkpoint.restore(path, dtype=dtype, sharding=placement.sharding, on_shapes=on_shapes)
     own = path / "tokenizer"
     tokenizer = Tokenizer.from_folder(own, clean) if own.is_dir() else clip_tokenizer(clean)
+    vocabulary = checkpoint.read_config(path).clip.vocab_size
+    if max(tokenizer.start, tokenizer.end) >= vocabulary:
+        raise ValueError(
+            f"{path}: the tokenizer has tokens up to {max(tokenizer.start, tokenizer.end)} and the model {vocabulary}; "
+            "use the tokenizer that belongs to the model"
+        )
+    config, params = checkpoint.restore(path, dtype=dtype, sharding=placement.sharding, on_shapes=on_shapes)
     return Pipeline(config, params, tokenizer, config.name if model is None else str(model), placement)
 
 

@@ -157,7 +157,7 @@ class Plan(NamedTuple):
 
 
 def plan(request: Request, config: ModelConfig) -> Plan:
-    """The rows for one picture's settings. Cached: do not write into the result."""
+    """The rows for one picture's settings, read-only."""
     full = filled_in(request, config.sampling)
     settings = {name: getattr(full, name) for name in SAMPLING} | {"guidance_interval": tuple(full.guidance_interval)}
     return _plan(config.schedule, **settings)
@@ -186,7 +186,9 @@ def _plan(
     inside = (low < rows.levels.sigma) & (rows.levels.sigma <= high) & (np.arange(len(rows.scale)) < count)
     scale = np.where(inside, guidance, 1.0)
     steering = Guidance(scale, np.where(inside, guidance_rescale, 0.0), scale != 1)
-    return Plan(rows._replace(levels=rows.levels._replace(guidance=steering)), count, float(sigma[0]))
+    rows = rows._replace(levels=rows.levels._replace(guidance=steering))
+    jax.tree.map(lambda leaf: leaf.setflags(write=False), rows)  # others will be given the same
+    return Plan(rows, count, float(sigma[0]))
 
 
 SAMPLING = ("steps", "guidance", "guidance_rescale", "guidance_interval", "sampler", "spacing", "eta", "strength")

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 
 use_platform = jax.make_user_context(None)
 """`with use_platform(name):` inside, programs are written for "cpu", "gpu" or "tpu" instead of JAX's default backend.
@@ -25,7 +26,7 @@ CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 """Compiles in two thirds of the time; the programs are as fast."""
 
 GENERATOR = "threefry2x32"
-"""The random generator of every key, whatever JAX's default is (`jax.random.key(seed, impl=GENERATOR)`)."""
+"""The random generator of every key, whatever JAX's default is."""
 
 HARMLESS_FLAGS = ("--xla_force_host_platform_device_count", "--xla_dump", "--xla_hlo_profile")
 """How flags of XLA begin that change no numbers."""
@@ -54,6 +55,15 @@ def pinned(function: Function) -> Function:
             return function(*arguments, **options)
 
     return cast(Function, call)
+
+
+def seeded_keys(seeds: Any) -> jax.Array:
+    """seeds, whole numbers in [0, 2^32) of any shape -> keys of that shape, those of `jax.random.key` as JAX comes.
+
+    Made from their bits, so that neither another default generator nor JAX's offset of seeds changes them.
+    """
+    low = np.asarray(seeds, np.uint32)
+    return jax.random.wrap_key_data(np.stack([np.zeros_like(low), low], axis=-1), impl=GENERATOR)
 
 
 def environment() -> dict[str, str]:

@@ -38,8 +38,11 @@ DEFAULTS: dict[str, Any] = {
     "mask": None,
     "conversion": {},
 }
+NAME_MAX = 255
+"""Most bytes of a file's name."""
+
 NAME_BYTES = 120
-"""Most bytes of a file's name that come from the prompt; file systems take 255 in all."""
+"""Most of them that come from the prompt."""
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -127,6 +130,9 @@ class Output:
         output = Path(self.given)
         if "\0" in self.given:
             raise ValueError(f"{self.given!r}: a zero byte, which no name of a file can have")
+        for name in (*output.parts, f"{output.name}-{self.seeds[-1]}" if len(self.seeds) > 1 else ""):
+            if (length := len(os.fsencode(name))) > NAME_MAX:
+                raise ValueError(f"{name[:60]}...: a name of {length} bytes; file systems take {NAME_MAX}, shorten it")
         if not self.is_folder and output.suffix.lower() not in FORMATS:
             endings = ", ".join(FORMATS)
             raise ValueError(f"{output}: expected a name that ends in {endings}, or a folder (end it with a slash)")

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sdjax.diffusion.samplers import Carry, Rows, first_carry, step
+from sdjax.target import seeded_keys
 from sdjax.types import Array, Denoiser, Latent
 
 MakeDenoiser = Callable[[Any], Denoiser]
@@ -37,7 +38,7 @@ def image_keys(seeds: Any) -> Array:
     for seed in seeds:
         if int(seed) != seed or not 0 <= seed < 2**32:
             raise ValueError(f"a seed must be a whole number in [0, 2^32), found {seed!r}")
-    return jax.vmap(jax.random.key)(np.array([int(seed) for seed in seeds], np.uint32))
+    return seeded_keys([int(seed) for seed in seeds])
 
 
 def draw(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:

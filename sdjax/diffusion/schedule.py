@@ -74,7 +74,7 @@ class NoiseSchedule(NamedTuple):
 
 @lru_cache(maxsize=16)
 def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
-    """The tables of a configuration. The result is cached: do not write into it."""
+    """The tables of a configuration, read-only."""
     if config.curve == "scaled_linear":
         betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps) ** 2
     else:
@@ -83,7 +83,10 @@ def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
     if config.zero_terminal_snr:
         alpha_bars = _zero_terminal_snr(alpha_bars)
         betas = 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
-    return NoiseSchedule(betas, alpha_bars, np.sqrt((1 - alpha_bars) / alpha_bars))
+    tables = NoiseSchedule(betas, alpha_bars, np.sqrt((1 - alpha_bars) / alpha_bars))
+    for table in tables:
+        table.setflags(write=False)  # others will be given the same
+    return tables
 
 
 def _zero_terminal_snr(alpha_bars: np.ndarray) -> np.ndarray:

@@ -14,18 +14,20 @@ from sdjax.config import ModelConfig
 from sdjax.models.clip import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
+from sdjax.target import pinned, seeded_keys
 from sdjax.types import Array, Params
 
 PARTS = ("text", "vae", "unet")
 
 
 @lru_cache(maxsize=16)
+@pinned
 def abstract_params(config: ModelConfig) -> Params:
     """{"text", "vae", "unet"}: nested dicts of float32 jax.ShapeDtypeStruct; nothing is computed.
 
     The result is cached: do not change it.
     """
-    return {part: jax.eval_shape(partial(_init, config, part), jax.random.key(0)) for part in PARTS}
+    return {part: jax.eval_shape(partial(_init, config, part), seeded_keys(0)) for part in PARTS}
 
 
 def _init(config: ModelConfig, part: str, key: Array) -> Params:
