@@ -119,9 +119,8 @@ def is_diffusers_folder(path: Path) -> bool:
 
 def open_folder(folder: Path, stack: ExitStack) -> tuple[ModelConfig, dict[Part, Located], list[str]]:
     """A diffusers folder: its configuration, its parts, and notes on which files were taken."""
-    config = folder_config(folder)
+    config, notes = folder_config(folder)
     parts: dict[Part, Located] = {}
-    notes = []
     for part in PARTS:
         if not (folder / FOLDERS[part]).is_dir():
             continue

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal
 
+LEAST_ALPHA_BAR = 1e-14
+"""Signal left at the last timestep; 0.005 in Stable Diffusion, 2e-9 of the cosine schedule."""
+
 MOST_LAYERS = 512
 """Transformer layers of a network; the largest published ones have 140."""
+
+MOST_BLOCKS = 16
+"""Residual blocks of a level."""
 
 Activation = Literal["silu", "gelu", "mish", "relu"]
 
@@ -353,6 +361,7 @@ def check(config: ModelConfig) -> None:
         given = len(schedule.trained_betas)
         need(given == schedule.steps, f"schedule.trained_betas has {given} values for {schedule.steps} steps")
         need(all(0 < beta < 1 for beta in schedule.trained_betas), "schedule.trained_betas must lie in (0, 1)")
+    need(keeps_signal(schedule), "schedule: these betas leave no signal at the last steps")
     need(
         0 < config.sampling.steps <= schedule.steps,
         f"sampling.steps {config.sampling.steps} must lie in [1, {schedule.steps}]",
@@ -362,6 +371,20 @@ def check(config: ModelConfig) -> None:
         config.image_size > 0 and config.image_size % vae.downscale == 0,
         f"image_size {config.image_size} must be a positive multiple of {vae.downscale}",
     )
+
+
+@lru_cache(maxsize=16)
+def keeps_signal(schedule: ScheduleConfig) -> bool:
+    """Whether float32 can tell the noisiest level from pure noise, or that level is rescaled anyway."""
+    n, low, high = schedule.steps, schedule.beta_start, schedule.beta_end
+    betas: Iterable[float] = (low + (high - low) * i / (n - 1) for i in range(n))
+    if schedule.trained_betas is not None:
+        betas = schedule.trained_betas
+    elif schedule.curve == "scaled_linear":
+        betas = ((low**0.5 + (high**0.5 - low**0.5) * i / (n - 1)) ** 2 for i in range(n))
+    if schedule.zero_terminal_snr or (schedule.trained_betas is None and schedule.curve == "squared_cosine"):
+        return True
+    return sum(math.log1p(-beta) for beta in betas) > math.log(LEAST_ALPHA_BAR)
 
 
 def _check_blocks(vae: VAEConfig, unet: UNetConfig, need: Callable[[bool, str], None]) -> None:
@@ -386,7 +409,7 @@ def _check_blocks(vae: VAEConfig, unet: UNetConfig, need: Callable[[bool, str], 
     need(any((*down, unet.middle_transformers, *up)), "unet: nowhere attends to the text (unet.attention, unet.middle)")
     blocks = unet.level_res_blocks
     for where, most in (("unet", max(blocks)), ("vae", vae.res_blocks)):
-        need(most <= 16, f"{where}.res_blocks {most} is out of range")
+        need(most <= MOST_BLOCKS, f"{where}.res_blocks {most} is out of range")
     rising = zip(up[::-1], blocks, strict=True)
     layers = sum(n * b for n, b in zip(down, blocks, strict=True)) + sum(n * (b + 1) for n, b in rising)
     need(layers <= MOST_LAYERS, f"unet.transformer_layers: {layers} layers in all are out of range")
