@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: missing; this is not a whole diffusers folder")
         if path.stat().st_size > JSON_BOUND:
             raise CheckpointError(f"{path}: larger than {JSON_BOUND} bytes; not a configuration")
-        data = json.loads(path.read_text("utf-8-sig"))
+        data = json.loads(path.read_bytes())  # in any Unicode encoding
     except CheckpointError:
         raise
     except (OSError, RecursionError, ValueError) as error:
