@@ -198,6 +198,9 @@ def _open(path: Path, part: str, table: Table, notes: list[str]) -> _Fields:
     data = read_json(path)
     if part == "text" and isinstance(data.get("text_config"), dict):  # of a whole CLIP
         data = data["text_config"]
+    found = data.get("_class_name")
+    if part in ("unet", "vae") and found is not None and str(found).removeprefix("Flax") not in COMPONENTS[part]:
+        raise CheckpointError(f"{path}: _class_name = {_short.repr(found)}; expected {COMPONENTS[part][0]}")
     return _Fields(path, data, table | EARLIER[part] | ALWAYS, notes)
 
 
@@ -249,7 +252,8 @@ def _unet_config(fields: _Fields) -> UNetConfig:
     return config if up == config.up_transformers else dataclasses.replace(config, up_transformer_layers=up)
 
 
-def _vae_config(fields: _Fields) -> VAEConfig:
+def _vae_config(path: Path, notes: list[str]) -> VAEConfig:
+    fields = _open(path, "vae", VAE, notes)
     channels = fields.wholes("block_out_channels")
     fields.blocks("down_block_types", ("DownEncoderBlock2D",), len(channels))
     fields.blocks("up_block_types", ("UpDecoderBlock2D",), len(channels))
@@ -270,40 +274,38 @@ def _vae_config(fields: _Fields) -> VAEConfig:
     )
 
 
-def _clip_config(fields: _Fields, tokenizer: Path, notes: list[str]) -> CLIPConfig:
-    length = fields.whole("max_position_embeddings")
+def _clip_config(path: Path, notes: list[str]) -> CLIPConfig:
+    """The text encoder; padding as in the published models, whose files here have a wrong id."""
+    fields = _open(path, "text", TEXT, notes)
     activation = fields.choice("hidden_act", (("quick_gelu", "quick_gelu"), ("gelu", "gelu")))
     return CLIPConfig(
         vocab_size=fields.whole("vocab_size"),
-        length=length,
+        length=fields.whole("max_position_embeddings"),
         width=fields.whole("hidden_size"),
         layers=fields.whole("num_hidden_layers", MOST_LAYERS),
         heads=fields.whole("num_attention_heads"),
         mlp_width=fields.whole("intermediate_size"),
         activation=activation,
-        pad_token=_pad_token(tokenizer, length, 0 if activation == "gelu" else 49407, notes),
+        pad_token=0 if activation == "gelu" else 49407,
         epsilon=fields.number("layer_norm_eps", 0, 1),
     )
 
 
-def _pad_token(folder: Path, length: int, otherwise: int, notes: list[str]) -> int:
-    """The id that the tokenizer pads with; text_encoder/config.json has a wrong one in the published models.
-
-    otherwise: for a model without tokenizer files. Other entries of the tokenizer are checked on the way.
-    """
+def _pad_token(folder: Path, clip: CLIPConfig, notes: list[str]) -> int | None:
+    """The id that the tokenizer pads with; None without tokenizer files. Its other entries are checked on the way."""
     settings, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     data = read_json(settings) if settings.is_file() else {}
     if special.is_file() and "added_tokens_decoder" not in data:  # as transformers has it: the latter file wins
         data |= read_json(special)
     elif not settings.is_file():
-        return otherwise
+        return None
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if isinstance(data.get(name), dict):  # a token with its settings
             data[name] = data[name].get("content")
     fields = _Fields(settings, data, TOKENIZER | EARLIER["tokenizer"] | ALWAYS, notes)
     most = fields.value("model_max_length")
-    if type(most) is int and most < length:
-        raise fields.wrong("model_max_length", f"the length of the text encoder, {length}")
+    if type(most) is int and most < clip.length:
+        raise fields.wrong("model_max_length", f"the length of the text encoder, {clip.length}")
     token = fields.value("pad_token")
     try:
         engine = Tokenizer.from_folder(folder).engine
@@ -397,16 +399,12 @@ def folder_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     index = read_json(path)
     _check_components(path, index, notes)
     unet = _open(folder / "unet" / "config.json", "unet", UNET, notes)
-    vae = _open(folder / "vae" / "config.json", "vae", VAE, notes)
-    text = _open(folder / "text_encoder" / "config.json", "text", TEXT, notes)
-    for fields, name in ((unet, "unet"), (vae, "vae")):
-        found = fields.data.get("_class_name")
-        if found is not None and str(found).removeprefix("Flax") not in COMPONENTS[name]:
-            raise CheckpointError(f"{fields.path}: _class_name = {_short.repr(found)}; expected {COMPONENTS[name][0]}")
     scheduler = index.get("scheduler")
     kind = scheduler[-1] if isinstance(scheduler, list) and scheduler and isinstance(scheduler[-1], str) else None
-    unet_config, vae_config = _unet_config(unet), _vae_config(vae)
-    clip = _clip_config(text, folder / "tokenizer", notes)
+    unet_config, vae_config = _unet_config(unet), _vae_config(folder / "vae" / "config.json", notes)
+    clip = _clip_config(folder / "text_encoder" / "config.json", notes)
+    pad_token = _pad_token(folder / "tokenizer", clip, notes)
+    clip = clip if pad_token is None else dataclasses.replace(clip, pad_token=pad_token)
     schedule = _schedule_config(folder / "scheduler" / "scheduler_config.json", kind, notes)
     size = _sample_size(unet, notes) * vae_config.downscale
     try:
@@ -414,6 +412,22 @@ def folder_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     except ValueError as error:
         raise CheckpointError(f"{folder}: the config files make no model ({error})") from None
     return named(config, config.name), notes
+
+
+def with_part_of(config: ModelConfig, part: str, path: Path, notes: list[str]) -> ModelConfig:
+    """`config` with the autoencoder ("vae") or text encoder ("text") that another folder's config.json describes.
+
+    The prompts are still filled up as `config` says: its tokenizer stays.
+    """
+    try:
+        if part == "vae":
+            return dataclasses.replace(config, vae=_vae_config(path, notes))
+        clip = dataclasses.replace(_clip_config(path, notes), pad_token=config.clip.pad_token)
+        return dataclasses.replace(config, clip=clip)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: does not go with the rest of the model ({error})") from None
 
 
 def diffusers_json(config: ModelConfig) -> dict[str, dict[str, Any]]:

@@ -463,6 +463,19 @@ def test_what_is_unusual_is_shown_and_comes_back_through_every_format(folder, tm
     assert convert.read(tmp_path / "one.safetensors").config == found.config
 
 
+def test_a_part_from_another_folder_comes_with_its_own_configuration(folder, tmp_path):
+    values = {"scaling_factor": 0.5, "use_quant_conv": False, "layers_per_block": 2}
+    build("vae", values).save_pretrained(tmp_path / "vae")
+    build("text", {"hidden_act": "gelu", "layer_norm_eps": 1e-6}).save_pretrained(tmp_path / "other/text_encoder")
+    found = convert.read(folder, vae=tmp_path / "vae", text_encoder=tmp_path / "other").config
+    assert found.vae == dataclasses.replace(SMALL.vae, scaling_factor=0.5, quant_conv=False, res_blocks=2)
+    assert found.clip == dataclasses.replace(SMALL.clip, activation="gelu", epsilon=1e-6)
+    assert found.unet == SMALL.unet
+    build("text", {"hidden_size": 64}).save_pretrained(tmp_path / "wide")
+    with pytest.raises(CheckpointError, match=r"config\.json: does not go with the rest"):
+        convert.read(folder, text_encoder=tmp_path / "wide")
+
+
 # Our own configuration
 
 
