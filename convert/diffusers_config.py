@@ -330,7 +330,7 @@ def _schedule_config(path: Path, kind: str | None, notes: list[str]) -> Schedule
     kind = kind or str(read_json(path).get("_class_name", "DDIMScheduler")).removeprefix("Flax")
     if kind not in SCHEDULERS:
         raise CheckpointError(
-            f"{path}: the scheduler {kind[:60]} is not supported; expected one of diffusion with betas"
+            f"{path}: the scheduler {_short.repr(kind)} is not supported; expected one of diffusion with betas"
         )
     own = {name: SCHEDULER[name]._replace(usual=usual) for name, usual in SCHEDULERS[kind].items()}
     fields = _open(path, "scheduler", SCHEDULER | own, notes)
@@ -374,18 +374,22 @@ def _sample_size(fields: _Fields, notes: list[str]) -> int:
 
 def _check_components(path: Path, index: dict[str, Any], notes: list[str]) -> None:
     """Refuses pipelines with parts of other families."""
-    kind = str(index.get("_class_name"))[:60]
+    kind = _short.repr(index.get("_class_name"))
     for name, value in index.items():
         if name.startswith("_") or name in BESIDE or not isinstance(value, list) or value in ([], [None, None]):
             continue
         found = str(value[-1]).removeprefix("Flax")
         if name in OTHER_PARTS or re.search(r"_\d$", name) or name.startswith("prior_"):
-            raise CheckpointError(f"{path}: a {kind} with a part {name}; expected Stable Diffusion 1.x or 2.x")
+            raise CheckpointError(
+                f"{path}: a {kind} with a part {_short.repr(name)}; expected Stable Diffusion 1.x or 2.x"
+            )
         if name not in COMPONENTS:
-            notes.append(f"{path}: the part {name[:60]}, a {found[:60]}, was passed over")
+            notes.append(f"{path}: the part {_short.repr(name)}, a {_short.repr(found)}, was passed over")
         elif found not in COMPONENTS[name]:
             expected = " or ".join(COMPONENTS[name])
-            raise CheckpointError(f"{path}: {name} is a {found[:60]}, which is not supported; expected {expected}")
+            raise CheckpointError(
+                f"{path}: {name} is a {_short.repr(found)}, which is not supported; expected {expected}"
+            )
 
 
 def folder_config(folder: Path) -> tuple[ModelConfig, list[str]]:

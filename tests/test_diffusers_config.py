@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import convert
+from convert.__main__ import main
 from convert.diffusers_config import diffusers_json, folder_config
 from convert.diffusers_fields import EARLIER, SCHEDULER, SCHEDULERS, TEXT, TOKENIZER, UNET, VAE
 from convert.source import CheckpointError
@@ -445,7 +446,7 @@ def test_the_text_encoder_is_the_reference_s(folder, tmp_path, values):
     assert relative_error(found.last_hidden_state, expected) < BOUND
 
 
-def test_what_is_unusual_is_shown_and_comes_back_through_every_format(folder, tmp_path):
+def test_what_is_unusual_is_shown_and_comes_back_through_every_format(folder, tmp_path, capsys):
     model = build("unet", UNETS["levels that differ"] | UNETS["the embedding of Ho et al."])
     copy = Path(shutil.copytree(folder, tmp_path / "m"))
     model.save_pretrained(copy / "unet")
@@ -459,7 +460,8 @@ def test_what_is_unusual_is_shown_and_comes_back_through_every_format(folder, tm
     write_diffusers(tmp_path / "theirs", found.config, found.params)
     back = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "theirs" / "unet")
     np.testing.assert_array_equal(reference_unet(back), reference_unet(model))
-    convert.write.write_safetensors(tmp_path / "one.safetensors", found.config, found.params)
+    assert main([str(tmp_path / "ours"), str(tmp_path / "one.safetensors")]) == 0
+    assert "other programs cannot learn this from one.safetensors: unet.cosine_first False" in capsys.readouterr().err
     assert convert.read(tmp_path / "one.safetensors").config == found.config
 
 
@@ -567,15 +569,16 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
 )
-PLACES = [(part, name) for part, (_, table) in FILES.items() for name in (*table, *EARLIER[part], "_class_name")]
+PLACES = [(file, name) for part, (file, table) in FILES.items() for name in (*table, *EARLIER[part], "_class_name")]
+PLACES += [("model_index.json", name) for name in ("_class_name", "unet", "scheduler", "adapter", "new\npart")]
 
 
 @FUZZ
 @given(changes=st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=3))
 def test_any_value_of_any_entry_gives_a_configuration_or_one_clear_line(described, changes):
     written = diffusers_json(SMALL)
-    for (part, name), value in changes:
-        written[FILES[part][0]][name] = value
+    for (file, name), value in changes:
+        written[file][name] = value
     for path, content in written.items():
         (described / path).write_text(json.dumps(content))
     found = outcome(described)
@@ -651,6 +654,19 @@ def test_added_tokens_that_no_vocabulary_file_has_are_named(described):
     write_vocabulary(described / "tokenizer", tokenizer_config={"added_tokens_decoder": {"8": token("<cat>")}})
     (note,) = folder_config(described)[1]
     assert "<cat>" in note
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "merges"),
+    [({}, "a c\n"), ({}, "a\n"), ({"x": -1}, ""), ({"x": 2**40}, ""), ({"x": "1"}, ""), ({"x": None}, "")],
+)
+def test_a_damaged_vocabulary_is_one_clear_line(described, vocabulary, merges):
+    write_vocabulary(described / "tokenizer", tokenizer_config={})
+    change(described / "tokenizer/vocab.json", vocabulary)
+    (described / "tokenizer/merges.txt").write_text(merges)
+    with pytest.raises(CheckpointError, match="not a CLIP tokenizer") as error:
+        folder_config(described)
+    assert "\n" not in str(error.value)
 
 
 TOKENIZER_NAMES = [*TOKENIZER, *EARLIER["tokenizer"]]
