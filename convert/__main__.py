@@ -19,7 +19,7 @@ from convert.read import lazy
 from convert.report import Report
 from convert.write import write_diffusers, write_safetensors
 from sdjax import checkpoint
-from sdjax.config import PRESETS, ModelConfig
+from sdjax.config import PRESETS, ModelConfig, unusual
 from sdjax.storage.files import refuse_existing
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -96,6 +96,7 @@ def _convert(options: argparse.Namespace, report: Report) -> None:
             )
             config, params, tokenizer = converted.config, converted.params, converted.tokenizer
         if to == "safetensors":
+            report.notes += [f"other programs cannot learn this from {destination.name}: {x}" for x in unusual(config)]
             write_safetensors(destination, config, params, force=options.force)
         elif to == "diffusers":
             write_diffusers(destination, config, params, tokenizer=tokenizer, force=options.force)

@@ -120,10 +120,12 @@ def _unet_modules(config: UNetConfig) -> Modules:
     ]
     for ours, theirs in (("self_attention", "attn1"), ("cross_attention", "attn2")):
         layer += [(f"{ours}/{x}", f"{theirs}.to_{x}") for x in "qkv"] + [(f"{ours}/out", f"{theirs}.to_out.0")]
-    transformer = [("norm", "norm"), ("proj_in", "proj_in")]
-    for k in range(config.transformer_layers):
-        transformer += [(f"layer_{k}/{ours}", f"transformer_blocks.{k}.{theirs}") for ours, theirs in layer]
-    transformer += [("proj_out", "proj_out")]
+
+    def transformer(layers: int) -> list[tuple[str, str]]:
+        names = [("norm", "norm"), ("proj_in", "proj_in")]
+        for k in range(layers):
+            names += [(f"layer_{k}/{ours}", f"transformer_blocks.{k}.{theirs}") for ours, theirs in layer]
+        return [*names, ("proj_out", "proj_out")]
 
     def block(ours: str, old: str, new: str, parts: Sequence[tuple[str, ...]]) -> Modules:
         for names in parts:
@@ -135,29 +137,31 @@ def _unet_modules(config: UNetConfig) -> Modules:
     yield "conv_in", "input_blocks.0.0", "conv_in"
     index = 1
     for i in range(last + 1):
-        for j in range(config.res_blocks):
+        layers = config.down_transformers[i]
+        for j in range(config.level_res_blocks[i]):
             yield from block(f"down_{i}/res_{j}", f"input_blocks.{index}.0", f"down_blocks.{i}.resnets.{j}", res)
-            if config.attention[i]:
+            if layers:
                 old, new = f"input_blocks.{index}.1", f"down_blocks.{i}.attentions.{j}"
-                yield from block(f"down_{i}/attention_{j}", old, new, transformer)
+                yield from block(f"down_{i}/attention_{j}", old, new, transformer(layers))
             index += 1
         if i < last:
             yield f"down_{i}/downsample", f"input_blocks.{index}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
             index += 1
     for j, k in ((0, 0), (1, 2)):
         yield from block(f"mid/res_{j}", f"middle_block.{k}", f"mid_block.resnets.{j}", res)
-    yield from block("mid/attention", "middle_block.1", "mid_block.attentions.0", transformer)
+    names = transformer(config.middle_transformers)
+    yield from block("mid/attention", "middle_block.1", "mid_block.attentions.0", names)
     index = 0
     for i in range(last + 1):
-        attends = config.attention[last - i]
-        for j in range(config.res_blocks + 1):
+        layers = config.up_transformers[i]
+        for j in range(config.level_res_blocks[last - i] + 1):
             yield from block(f"up_{i}/res_{j}", f"output_blocks.{index}.0", f"up_blocks.{i}.resnets.{j}", res)
-            if attends:
+            if layers:
                 old, new = f"output_blocks.{index}.1", f"up_blocks.{i}.attentions.{j}"
-                yield from block(f"up_{i}/attention_{j}", old, new, transformer)
+                yield from block(f"up_{i}/attention_{j}", old, new, transformer(layers))
             index += 1
         if i < last:
-            old = f"output_blocks.{index - 1}.{2 if attends else 1}.conv"
+            old = f"output_blocks.{index - 1}.{2 if layers else 1}.conv"
             yield f"up_{i}/upsample/conv", old, f"up_blocks.{i}.upsamplers.0.conv"
     yield "norm_out", "out.0", "conv_norm_out"
     yield "conv_out", "out.2", "conv_out"

@@ -22,6 +22,7 @@ import numpy as np
 
 from convert import diffusers
 from convert.detect import Located, infer_config, locate, why_not_needed
+from convert.diffusers_config import with_part_of
 from convert.names import PARTS, Entry, Part, ema_name, entries
 from convert.report import Report
 from convert.source import DTYPES, CheckpointError, Source, open_source
@@ -176,6 +177,7 @@ def _prepare(
     stack: ExitStack,
 ) -> tuple[ModelConfig, list[Job], Path | None]:
     """Everything but the numbers: the configuration, which tensor becomes what, and a tokenizer folder."""
+    asked = config
     config, found, tokenizer = _open(path, config, report, stack)
     sources = list({id(located.source): located.source for located in found.values()}.values())
     parts = dict(found)
@@ -186,6 +188,12 @@ def _prepare(
     if "unet" not in parts or config is None:
         config, notes = infer_config(path, parts, prediction)
         report.notes += notes
+    if asked is None:
+        others: tuple[tuple[Part, str | Path | None], ...] = (("vae", vae), ("text", text_encoder))
+        for part, other in others:
+            described = None if other is None else _folder_of(Path(other), part) / "config.json"
+            if described is not None and described.is_file():
+                config = with_part_of(config, part, described, report.notes)
     for part in PARTS:
         if part not in parts:
             raise CheckpointError(f"{path}: {WRITTEN_AS[part]} is missing; give it by {OPTIONS[part]} FILE")
@@ -221,11 +229,16 @@ def _open(
     return config, parts, None
 
 
+def _folder_of(path: Path, part: Part) -> Path:
+    """The part's own folder in a diffusers folder, or `path`, which is one itself."""
+    inside = path / diffusers.FOLDERS[part]
+    return inside if inside.is_dir() else path
+
+
 def _open_other(path: Path, part: Part, stack: ExitStack) -> Located:
     """One part from another file or folder: a file of its own, a whole checkpoint, or a diffusers folder."""
     if path.is_dir():
-        inside = path / diffusers.FOLDERS[part]
-        return diffusers.open_part(inside if inside.is_dir() else path, part, stack)[0]
+        return diffusers.open_part(_folder_of(path, part), part, stack)[0]
     located = locate(stack.enter_context(open_source(path))).get(part)
     if located is None:
         raise CheckpointError(f"{path}: {WRITTEN_AS[part]} is not in this file")

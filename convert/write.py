@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.detect import CONFIG_KEY
-from convert.diffusers import FOLDERS, STEMS, TOKENIZER_FILES, diffusers_json, without_unused_layers
+from convert.diffusers import FOLDERS, STEMS, TOKENIZER_FILES, without_unused_layers
+from convert.diffusers_config import diffusers_json
 from convert.names import PARTS, Entry, entries, text_spelling
 from convert.tensors import Leaf
 from sdjax.config import ModelConfig

@@ -273,7 +273,8 @@ def working_set(pipe: Pipeline, width: int, height: int, batch: int) -> int:
     """
     config, unet, vae = pipe.config, pipe.config.unet, pipe.config.vae
     cells = width * height // config.vae.downscale**2
-    skips = sum(cells // 4**i * channels * (unet.res_blocks + 1) for i, channels in enumerate(unet.channels))
+    levels = enumerate(zip(unet.channels, unet.level_res_blocks, strict=True))
+    skips = sum(cells // 4**i * channels * (blocks + 1) for i, (channels, blocks) in levels)
     widest = cells * unet.channels[0] * 16  # the gated feed-forward: 8 times the width, its input and output
     bytes_each = jax.tree.leaves(pipe.params["unet"])[0].dtype.itemsize
     return 2 * batch * (skips + widest) * bytes_each + 4 * width * height * vae.channels[0] * 4

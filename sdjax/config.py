@@ -3,16 +3,36 @@ families.
 
 A variation is `dataclasses.replace(SD15, ...)`; a new family is a new preset, not new code.
 `to_json` and `from_json` are exact inverses, and `from_json` accepts nothing that it does not
-understand.
+understand. Entries that came later (`LATER`) are written where they are not the usual ones alone: older
+checkpoints stay readable, and what is hashed over a configuration stays the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import UnionType
 from typing import Any, Literal
+
+LEAST_ALPHA_BAR = 1e-14
+"""Signal left at the last timestep; 0.005 in Stable Diffusion, 2e-9 of the cosine schedule."""
+
+MOST_LAYERS = 512
+"""Transformer layers of a network; the largest published ones have 140."""
+
+MOST_BLOCKS = 16
+"""Residual blocks of a level."""
+
+Activation = Literal["silu", "gelu", "mish", "relu"]
+
+
+LATER = {"later": True}
+"""Marks an entry that the first checkpoints did not have: absent from config.json, it has its usual value."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class CLIPConfig:
     skip: int = 0  # layers left out at the end: 0 = last hidden state, 1 = penultimate (SD 2)
     projection: int | None = None  # width of the joint text-image space, if the matrix is there
     pad_token: int = 49407
+    epsilon: float = field(default=1e-5, metadata=LATER)  # of every layer norm
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,12 @@ class VAEConfig:
     res_blocks: int = 2
     groups: int = 32
     scaling_factor: float = 0.18215  # latents are multiplied by this before the UNet sees them
+    activation: Activation = field(
+        default="silu", metadata=LATER
+    )  # of the residual blocks; before the last convolutions it is always silu
+    middle_attention: bool = field(default=True, metadata=LATER)
+    quant_conv: bool = field(default=True, metadata=LATER)  # a 1x1 convolution behind the encoder
+    post_quant_conv: bool = field(default=True, metadata=LATER)  # and one before the decoder
 
     @property
     def downscale(self) -> int:
@@ -76,18 +103,77 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Denoising UNet with cross-attention (Rombach et al. 2022, section 3.3)."""
+    """Denoising UNet with cross-attention (Rombach et al. 2022, section 3.3).
+
+    Where one value or a tuple may stand, a tuple has one value for each level, the finest first.
+    """
 
     in_channels: int = 4  # 4 plain, 8 with an image to follow, 9 with mask and masked image
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     attention: tuple[bool, ...] = (True, True, True, False)  # levels that hold transformers
     heads: tuple[int, ...] = (8, 8, 8, 8)  # per level
-    res_blocks: int = 2
-    transformer_layers: int = 1
+    res_blocks: int | tuple[int, ...] = 2
+    transformer_layers: int | tuple[int, ...] = 1
     context_width: int = 768
     groups: int = 32
     linear_projection: bool = False  # files store proj_in and proj_out as linear maps (SD 2) or as 1x1 convolutions
+    up_transformer_layers: tuple[int, ...] | None = field(
+        default=None, metadata=LATER
+    )  # the coarsest first, 0: no attention; None: as down
+    middle: Literal["attention", "plain", "none"] = field(
+        default="attention", metadata=LATER
+    )  # plain: one residual block
+    middle_scale: float = field(default=1.0, metadata=LATER)  # the residual blocks in the middle are divided by this
+    only_cross_attention: bool | tuple[bool, ...] = field(
+        default=False, metadata=LATER
+    )  # both attentions of a layer look at the text
+    activation: Activation = field(default="silu", metadata=LATER)
+    epsilon: float = field(default=1e-5, metadata=LATER)  # of the group norms outside transformers
+    cosine_first: bool = field(default=True, metadata=LATER)  # in the embedding of timesteps
+    frequency_shift: float = field(default=0.0, metadata=LATER)  # there, too: 10000^(-i / (half - shift))
+    time_width: int | None = field(default=None, metadata=LATER)  # None: four times the first level's
+    time_activations: tuple[Activation, ...] = field(
+        default=(), metadata=LATER
+    )  # behind the embedding's second linear map
+    time_scales: bool = field(
+        default=False, metadata=LATER
+    )  # the embedding scales and shifts after the second norm; else it shifts before
+    center_input: bool = field(default=False, metadata=LATER)  # the input is 2 x - 1
+    even_downsampling: bool = field(default=True, metadata=LATER)  # pads all around; else below and to the right only
+    conv_in_size: int = field(default=3, metadata=LATER)
+    conv_out_size: int = field(default=3, metadata=LATER)
+
+    @property
+    def level_res_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of every level on the way down; on the way up there is one more."""
+        return _per_level(self.res_blocks, len(self.channels))
+
+    @property
+    def down_transformers(self) -> tuple[int, ...]:
+        """Layers of each transformer on the way down, the finest level first; 0 where there is none."""
+        layers = _per_level(self.transformer_layers, len(self.channels))
+        return tuple(n if attends else 0 for n, attends in zip(layers, self.attention, strict=True))
+
+    @property
+    def up_transformers(self) -> tuple[int, ...]:
+        """The same on the way up, the coarsest level first."""
+        given = self.up_transformer_layers
+        return self.down_transformers[::-1] if given is None else given
+
+    @property
+    def middle_transformers(self) -> int:
+        """Layers of the transformer in the middle, 0 if there is none."""
+        return _per_level(self.transformer_layers, len(self.channels))[-1] if self.middle == "attention" else 0
+
+    @property
+    def level_only_cross(self) -> tuple[bool, ...]:
+        """`only_cross_attention` of every level; the middle has self-attention in any case."""
+        return _per_level(self.only_cross_attention, len(self.channels))
+
+
+def _per_level(value: Any, levels: int) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,) * levels
 
 
 @dataclass(frozen=True)
@@ -97,9 +183,10 @@ class ScheduleConfig:
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    curve: Literal["scaled_linear", "linear"] = "scaled_linear"
+    curve: Literal["scaled_linear", "linear", "squared_cosine"] = "scaled_linear"
     prediction: Literal["epsilon", "v"] = "epsilon"
     zero_terminal_snr: bool = False  # rescale so that alpha_bar_999 = 0 (Lin et al. 2024, algorithm 1)
+    trained_betas: tuple[float, ...] | None = field(default=None, metadata=LATER)  # every beta, in place of a curve
 
 
 SamplerName = Literal[
@@ -147,7 +234,7 @@ class ModelConfig:
         check(self)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(_plain(self), indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str) -> ModelConfig:
@@ -164,6 +251,36 @@ class ModelConfig:
         return _parse(ModelConfig, data, "config")
 
 
+def _is_usual(owner: Any, entry: dataclasses.Field) -> bool:
+    """Whether this is an entry that came later and has its usual value."""
+    return "later" in entry.metadata and getattr(owner, entry.name) == entry.default
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as JSON's own types."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    kept = [entry for entry in dataclasses.fields(value) if not _is_usual(value, entry)]
+    return {entry.name: _plain(getattr(value, entry.name)) for entry in kept}
+
+
+def unusual(config: ModelConfig) -> list[str]:
+    """What no shape of a parameter tells and few models have: one line for each such entry, "unet.middle none"."""
+    found = []
+    for part, owner in (
+        ("clip", config.clip),
+        ("vae", config.vae),
+        ("unet", config.unet),
+        ("schedule", config.schedule),
+    ):
+        for entry in dataclasses.fields(owner):
+            if "later" in entry.metadata and not _is_usual(owner, entry):
+                value = getattr(owner, entry.name)
+                long = isinstance(value, tuple) and len(value) > 8
+                found.append(f"{part}.{entry.name} {f'of {len(value)} values' if long else value}")
+    return found
+
+
 def _parse(kind: Any, value: Any, where: str) -> Any:
     """`value`, as JSON gives it, as a `kind`; every mismatch is a ValueError naming its place."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -171,11 +288,12 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object, found {type(value).__name__}")
         hints = typing.get_type_hints(kind)
-        if set(value) != set(hints):
-            missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
+        needed = {entry.name for entry in dataclasses.fields(kind) if "later" not in entry.metadata}
+        missing, unknown = sorted(needed - set(value)), sorted(set(value) - set(hints))
+        if missing or unknown:
             raise ValueError(f"{where}: missing entries {missing}, unknown entries {unknown}")
         make: Any = kind
-        return make(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+        return make(**{name: _parse(hints[name], given, f"{where}.{name}") for name, given in value.items()})
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, found {value!r}")
@@ -186,6 +304,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if type(None) in args:
         return None if value is None else _parse(args[0], value, where)
+    if origin is UnionType:  # one value, or a list of them
+        return _parse(args[isinstance(value, list)], value, where)
     if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not kind:
@@ -205,7 +325,7 @@ def check(config: ModelConfig) -> None:
         for name, value in dataclasses.asdict(part).items():
             numbers = value if isinstance(value, tuple) else (value,)
             for number in numbers:
-                if type(number) is int and name not in ("skip", "pad_token"):
+                if type(number) is int and name not in ("skip", "pad_token", "up_transformer_layers"):
                     need(
                         0 < number <= 1_000_000,
                         f"{type(part).__name__}.{name} = {number} is out of range",
@@ -219,34 +339,29 @@ def check(config: ModelConfig) -> None:
         0 <= clip.pad_token < clip.vocab_size,
         f"clip.pad_token {clip.pad_token} is not in the vocabulary",
     )
+    need(clip.layers <= MOST_LAYERS, f"clip.layers {clip.layers} is out of range")
     need(
         unet.context_width == clip.width,
         f"unet.context_width {unet.context_width} is not clip.width {clip.width}",
     )
     need(unet.out_channels == vae.latent_channels, "unet.out_channels and vae.latent_channels differ")
-    need(unet.in_channels >= unet.out_channels, "unet.in_channels is smaller than unet.out_channels")
-    need(
-        len(unet.channels) == len(unet.attention) == len(unet.heads),
-        "unet.channels, unet.attention and unet.heads differ in length",
-    )
-    need(
-        0 < len(vae.channels) <= 8 and 0 < len(unet.channels) <= 8,
-        "vae.channels and unet.channels must have 1 to 8 entries",
-    )
-    for channels, heads in zip(unet.channels, unet.heads, strict=True):
-        need(channels % heads == 0, f"unet: {channels} channels cannot be split into {heads} heads")
-    for part, groups in ((unet, unet.groups), (vae, vae.groups)):
-        for channels in part.channels:
-            need(channels % groups == 0, f"{channels} channels cannot be split into {groups} groups")
+    _check_blocks(vae, unet, need)
     need(
         0 < vae.scaling_factor < 100,
         f"vae.scaling_factor {vae.scaling_factor} must lie in (0, 100)",
     )
+    for where, epsilon in (("clip", clip.epsilon), ("unet", unet.epsilon)):
+        need(0 < epsilon < 1, f"{where}.epsilon {epsilon} must lie in (0, 1)")
     need(
         0 < schedule.beta_start < schedule.beta_end < 1,
         "schedule betas must satisfy 0 < start < end < 1",
     )
     need(1 < schedule.steps <= 100_000, f"schedule.steps {schedule.steps} must lie in (1, 100000]")
+    if schedule.trained_betas is not None:
+        given = len(schedule.trained_betas)
+        need(given == schedule.steps, f"schedule.trained_betas has {given} values for {schedule.steps} steps")
+        need(all(0 < beta < 1 for beta in schedule.trained_betas), "schedule.trained_betas must lie in (0, 1)")
+    need(keeps_signal(schedule), "schedule: these betas leave no signal at the last steps")
     need(
         0 < config.sampling.steps <= schedule.steps,
         f"sampling.steps {config.sampling.steps} must lie in [1, {schedule.steps}]",
@@ -256,6 +371,57 @@ def check(config: ModelConfig) -> None:
         config.image_size > 0 and config.image_size % vae.downscale == 0,
         f"image_size {config.image_size} must be a positive multiple of {vae.downscale}",
     )
+
+
+@lru_cache(maxsize=16)
+def keeps_signal(schedule: ScheduleConfig) -> bool:
+    """Whether float32 can tell the noisiest level from pure noise, or that level is rescaled anyway."""
+    n, low, high = schedule.steps, schedule.beta_start, schedule.beta_end
+    betas: Iterable[float] = (low + (high - low) * i / (n - 1) for i in range(n))
+    if schedule.trained_betas is not None:
+        betas = schedule.trained_betas
+    elif schedule.curve == "scaled_linear":
+        betas = ((low**0.5 + (high**0.5 - low**0.5) * i / (n - 1)) ** 2 for i in range(n))
+    if schedule.zero_terminal_snr or (schedule.trained_betas is None and schedule.curve == "squared_cosine"):
+        return True
+    return sum(math.log1p(-beta) for beta in betas) > math.log(LEAST_ALPHA_BAR)
+
+
+def _check_blocks(vae: VAEConfig, unet: UNetConfig, need: Callable[[bool, str], None]) -> None:
+    """The part of `check` about levels and what is in them."""
+    levels = len(unet.channels)
+    need(unet.in_channels >= unet.out_channels, "unet.in_channels is smaller than unet.out_channels")
+    need(
+        levels == len(unet.attention) == len(unet.heads),
+        "unet.channels, unet.attention and unet.heads differ in length",
+    )
+    need(0 < len(vae.channels) <= 8 and 0 < levels <= 8, "vae.channels and unet.channels must have 1 to 8 entries")
+    for name in ("res_blocks", "transformer_layers", "only_cross_attention", "up_transformer_layers"):
+        value = getattr(unet, name)
+        need(not isinstance(value, tuple) or len(value) == levels, f"unet.{name} must have {levels} entries")
+    for channels, heads in zip(unet.channels, unet.heads, strict=True):
+        need(channels % heads == 0, f"unet: {channels} channels cannot be split into {heads} heads")
+    for part, groups in ((unet, unet.groups), (vae, vae.groups)):
+        for channels in part.channels:
+            need(channels % groups == 0, f"{channels} channels cannot be split into {groups} groups")
+    down, up = unet.down_transformers, unet.up_transformers
+    need(all(0 <= n <= MOST_LAYERS for n in up), "unet.up_transformer_layers is out of range")
+    need(any((*down, unet.middle_transformers, *up)), "unet: nowhere attends to the text (unet.attention, unet.middle)")
+    blocks = unet.level_res_blocks
+    for where, most in (("unet", max(blocks)), ("vae", vae.res_blocks)):
+        need(most <= MOST_BLOCKS, f"{where}.res_blocks {most} is out of range")
+    rising = zip(up[::-1], blocks, strict=True)
+    layers = sum(n * b for n, b in zip(down, blocks, strict=True)) + sum(n * (b + 1) for n, b in rising)
+    need(layers <= MOST_LAYERS, f"unet.transformer_layers: {layers} layers in all are out of range")
+    need(0 < unet.middle_scale < 1000, f"unet.middle_scale {unet.middle_scale} must lie in (0, 1000)")
+    need(
+        unet.frequency_shift == 0 or abs(unet.frequency_shift) < unet.channels[0] // 2,
+        f"unet.frequency_shift {unet.frequency_shift} must be smaller than half of unet.channels",
+    )
+    for name in ("conv_in_size", "conv_out_size"):
+        size = getattr(unet, name)
+        need(size % 2 == 1 and size < 16, f"unet.{name} {size} must be odd and below 16")
+    need(len(unet.time_activations) <= 2, "unet.time_activations must have at most 2 entries")
 
 
 SD15 = ModelConfig(name="sd15")

@@ -21,7 +21,7 @@ import jax
 import convert
 from convert import diffusers
 from sdjax import checkpoint
-from sdjax.config import ModelConfig
+from sdjax.config import ModelConfig, unusual
 from sdjax.models.params import count_parameters
 from sdjax.pipeline import Pipeline
 from sdjax.sharding import HERE, Placement
@@ -221,7 +221,9 @@ def describe(path: Path, **conversion: Any) -> str:
         f"{config.schedule.prediction} prediction\n"
         f"unet        {counts['unet']:,} parameters, {config.unet.in_channels} input channels\n"
         f"vae         {counts['vae']:,} parameters, scaling factor {config.vae.scaling_factor}\n"
-        f"text        {counts['text']:,} parameters, {config.clip.layers} layers, {config.clip.width} wide\n" + rest
+        f"text        {counts['text']:,} parameters, {config.clip.layers} layers, {config.clip.width} wide\n"
+        + "".join(f"unusual     {line}\n" for line in unusual(config))
+        + rest
     )
 
 

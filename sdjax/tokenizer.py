@@ -78,8 +78,11 @@ class Tokenizer:
                 added_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
                 vocab = data["model"]["vocab"] | added_tokens
                 return Tokenizer(_build(vocab, merges, list(added_tokens)), _cleaner(clean))
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{folder}: not a CLIP tokenizer ({error})") from None
+        except OSError:
+            raise
+        except Exception as error:  # the engine raises no narrower one
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder}: not a CLIP tokenizer ({reason or type(error).__name__})") from None
         raise FileNotFoundError(f"{folder}: no tokenizer here; expected vocab.json and merges.txt, or tokenizer.json")
 
     @property
@@ -195,7 +198,7 @@ def _cleaner(clean: str) -> Callable[[str], str]:
 def _read(path: Path) -> str:
     if path.stat().st_size > FILE_BOUND:
         raise ValueError(f"{path.name} is larger than {FILE_BOUND} bytes")
-    return path.read_text("utf-8")
+    return path.read_text("utf-8-sig")
 
 
 def _byte_alphabet() -> list[str]:
@@ -207,6 +210,9 @@ def _byte_alphabet() -> list[str]:
 def _build(vocab: dict[str, int], merges: list[str], added: list[str]) -> tokenizers.Tokenizer:
     if START not in vocab or END not in vocab:
         raise ValueError(f"the vocabulary lacks {START} or {END}")
+    wrong = [token for token, id in vocab.items() if type(id) is not int or not 0 <= id < 2**31]
+    if wrong:
+        raise ValueError(f"the id of {wrong[0][:60]!r} is no whole number from 0")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     model = models.BPE(vocab, pairs, end_of_word_suffix="</w>", unk_token=END)
     engine = tokenizers.Tokenizer(model)

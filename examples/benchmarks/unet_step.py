@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from convert.diffusers import diffusers_json
+from convert.diffusers_config import diffusers_json
 from convert.names import entries
 from sdjax.config import SD15
 from sdjax.diffusion.sample import image_keys

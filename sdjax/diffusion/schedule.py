@@ -75,7 +75,11 @@ class NoiseSchedule(NamedTuple):
 @lru_cache(maxsize=16)
 def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
     """The tables of a configuration, read-only."""
-    if config.curve == "scaled_linear":
+    if config.trained_betas is not None:
+        betas = np.array(config.trained_betas)
+    elif config.curve == "squared_cosine":
+        betas = _squared_cosine(config.steps)
+    elif config.curve == "scaled_linear":
         betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps) ** 2
     else:
         betas = np.linspace(config.beta_start, config.beta_end, config.steps)
@@ -87,6 +91,12 @@ def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
     for table in tables:
         table.setflags(write=False)  # others will be given the same
     return tables
+
+
+def _squared_cosine(steps: int) -> np.ndarray:
+    """alpha_bar_t proportional to cos^2, no beta above 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    alpha_bars = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], 0.999)
 
 
 def _zero_terminal_snr(alpha_bars: np.ndarray) -> np.ndarray:

@@ -59,11 +59,12 @@ class SelfAttention(nn.Module):
 class Layer(nn.Module):
     config: CLIPConfig | CLIPVisionConfig
     causal: bool = True
+    epsilon: float = 1e-5
 
     def setup(self) -> None:
-        self.norm1 = LayerNorm()
+        self.norm1 = LayerNorm(self.epsilon)
         self.attention = SelfAttention(self.config.width, self.config.heads, self.causal)
-        self.norm2 = LayerNorm()
+        self.norm2 = LayerNorm(self.epsilon)
         self.fc1 = Dense(self.config.mlp_width)
         self.fc2 = Dense(self.config.width)
 
@@ -82,8 +83,8 @@ class TextEncoder(nn.Module):
         small = nn.initializers.normal(0.02)
         self.token_embedding = self.param("token_embedding", small, (config.vocab_size, config.width))
         self.position_embedding = self.param("position_embedding", small, (config.length, config.width))
-        self.layer = [Layer(config) for _ in range(config.layers)]
-        self.final_norm = LayerNorm()
+        self.layer = [Layer(config, epsilon=config.epsilon) for _ in range(config.layers)]
+        self.final_norm = LayerNorm(config.epsilon)
         if config.projection is not None:
             self.projection = Dense(config.projection, bias=False)
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())

@@ -50,7 +50,13 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu": gelu,
+    "quick_gelu": quick_gelu,
+    "mish": jax.nn.mish,
+    "relu": nn.relu,
+}
 
 
 @partial(jax.jit, static_argnums=1)
@@ -164,7 +170,8 @@ class ResBlock(nn.Module):
     et al. 2016).
 
     `shift` is the projected embedding, f[features] or f[b or 1, features]: `time_shift` computes
-    it, apart from the block itself, so that a sampler can do it for all of its steps at once.
+    it, apart from the block itself, so that a sampler can do it for all of its steps at once. With `scales` it is
+    twice as wide, and scales and shifts what the second norm gives (Dhariwal & Nichol 2021, section 3.2).
     """
 
     features: int
@@ -172,6 +179,9 @@ class ResBlock(nn.Module):
     epsilon: float
     skip: bool  # in and out channels differ
     time: bool = False
+    activation: str = "silu"
+    scales: bool = False
+    divisor: float = 1.0  # of the result
 
     def setup(self) -> None:
         self.norm1 = GroupNorm(self.groups, self.epsilon)
@@ -179,24 +189,34 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(self.groups, self.epsilon)
         self.conv2 = Conv(self.features)
         if self.time:
-            self.time_proj = Dense(self.features)
+            self.time_proj = Dense((1 + self.scales) * self.features)
         if self.skip:
             self.conv_skip = Conv(self.features, size=1, padding=(0, 0))
 
     def time_shift(self, embedding: Array) -> Array:
-        return self.time_proj(nn.silu(embedding))
+        return self.time_proj(ACTIVATIONS[self.activation](embedding))
 
     def __call__(self, x: Array, shift: Array | None = None) -> Array:
-        h = self.conv1(nn.silu(self.norm1(x)))
+        activation = ACTIVATIONS[self.activation]
+        h = self.conv1(activation(self.norm1(x)))
         if shift is not None:
-            shift = tile_rows(jnp.atleast_2d(shift), h.shape[0])
-            h = h + shift[:, None, None, :]
-        h = self.conv2(nn.silu(self.norm2(h)))
-        return h + (self.conv_skip(x) if self.skip else x)
+            shift = tile_rows(jnp.atleast_2d(shift), h.shape[0])[:, None, None, :]
+        if shift is None or self.scales:
+            h = self.norm2(h)
+        else:
+            h = self.norm2(h + shift)
+        if shift is not None and self.scales:
+            scale, shift = jnp.split(shift, 2, axis=-1)
+            h = h * (1 + scale) + shift
+        h = self.conv2(activation(h)) + (self.conv_skip(x) if self.skip else x)
+        return h if self.divisor == 1 else h / self.divisor
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour x2, cropped to `size` (height, width) if given, then a 3x3 convolution."""
+    """Nearest-neighbour x2, or to `size` (height, width) if given, then a 3x3 convolution.
+
+    A size smaller than twice the input's crops: for sizes that halve upwards, that is the nearest neighbour.
+    """
 
     features: int
 
@@ -207,6 +227,8 @@ class Upsample(nn.Module):
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
         x = x.reshape(b, 2 * h, 2 * w, c)
+        if size is not None and (size[0] > 2 * h or size[1] > 2 * w):  # from sizes that halve downwards
+            x = x[:, 2 * (jnp.arange(size[0]) * h // size[0])][:, :, 2 * (jnp.arange(size[1]) * w // size[1])]
         return self.conv(x if size is None else x[:, : size[0], : size[1]])
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from sdjax.config import UNetConfig
 from sdjax.models.layers import (
+    ACTIVATIONS,
     Conv,
     Dense,
     GroupNorm,
@@ -31,19 +32,20 @@ from sdjax.models.layers import (
 )
 from sdjax.types import Array
 
-RES_EPSILON = 1e-5
 TRANSFORMER_EPSILON = 1e-6
 
 
-def timestep_embedding(t: Array, width: int) -> Array:
-    """t f|i32[...] -> f32[..., width], cosines then sines (Vaswani et al. 2017, section 3.5).
+def timestep_embedding(t: Array, width: int, *, cosine_first: bool = True, shift: float = 0.0) -> Array:
+    """t f|i32[...] -> f32[..., width], cosines then sines, or the other way round (Vaswani et al. 2017, section 3.5).
 
-    The angles are t * 10000^(-i / (width / 2)) for i in [0, width / 2).
+    The angles are t * 10000^(-i / (width / 2 - shift)) for i in [0, width / 2). An odd width ends in a zero.
     """
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = jnp.asarray(t, jnp.float32)[..., None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    waves = [jnp.cos(angles), jnp.sin(angles)]
+    embedding = jnp.concatenate(waves if cosine_first else waves[::-1], axis=-1)
+    return jnp.pad(embedding, [(0, 0)] * (embedding.ndim - 1) + [(0, 1)]) if width % 2 else embedding
 
 
 class Attention(nn.Module):
@@ -70,10 +72,14 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention to the text, gated feed-forward, each around a residual."""
+    """Self-attention, cross-attention to the text, gated feed-forward, each around a residual.
+
+    only_cross: the first attention looks at the text, too; `text_kv` then gives the keys and values of both.
+    """
 
     width: int
     heads: int
+    only_cross: bool = False
 
     def setup(self) -> None:
         self.norm1 = LayerNorm()
@@ -84,9 +90,16 @@ class TransformerLayer(nn.Module):
         self.ff_in = Dense(8 * self.width)
         self.ff_out = Dense(self.width)
 
-    def __call__(self, x: Array, text_kv: tuple[Array, Array]) -> Array:
+    def text_kv(self, context: Array) -> Any:
+        kv = self.cross_attention.kv(context)
+        return (self.self_attention.kv(context), kv) if self.only_cross else kv
+
+    def __call__(self, x: Array, text_kv: Any) -> Array:
+        if self.only_cross:
+            first_kv, text_kv = text_kv
+            x = tile_rows(x, text_kv[0].shape[0])
         y = self.norm1(x)
-        x = x + self.self_attention(y, self.self_attention.kv(y))
+        x = x + self.self_attention(y, first_kv if self.only_cross else self.self_attention.kv(y))
         x = tile_rows(x, text_kv[0].shape[0])
         x = x + self.cross_attention(self.norm2(x), text_kv)
         value, gate = jnp.split(self.ff_in(self.norm3(x)), 2, axis=-1)  # GEGLU (Shazeer 2020)
@@ -100,17 +113,18 @@ class Transformer(nn.Module):
     heads: int
     layers: int
     groups: int
+    only_cross: bool = False
 
     def setup(self) -> None:
         self.norm = GroupNorm(self.groups, TRANSFORMER_EPSILON)
         self.proj_in = Dense(self.width)
-        self.layer = [TransformerLayer(self.width, self.heads) for _ in range(self.layers)]
+        self.layer = [TransformerLayer(self.width, self.heads, self.only_cross) for _ in range(self.layers)]
         self.proj_out = Dense(self.width)
 
-    def text_kv(self, context: Array) -> list[tuple[Array, Array]]:
-        return [layer.cross_attention.kv(context) for layer in self.layer]
+    def text_kv(self, context: Array) -> list[Any]:
+        return [layer.text_kv(context) for layer in self.layer]
 
-    def __call__(self, x: Array, text_kv: list[tuple[Array, Array]]) -> Array:
+    def __call__(self, x: Array, text_kv: list[Any]) -> Array:
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, c))
         for layer, kv in zip(self.layer, text_kv, strict=True):
@@ -119,9 +133,23 @@ class Transformer(nn.Module):
         return tile_rows(x, y.shape[0]) + y
 
 
-def _blocks(remat: bool) -> tuple[Any, Any]:
-    """ResBlock and Transformer; with `remat`, such that the backward pass recomputes what is inside them."""
-    return (nn.remat(ResBlock), nn.remat(Transformer)) if remat else (ResBlock, Transformer)
+def _res_block(config: UNetConfig, features: int, remat: bool, *, skip: bool, divisor: float = 1.0) -> Any:
+    """A residual block; with `remat`, one whose backward pass recomputes what is inside it."""
+    kind = nn.remat(ResBlock) if remat else ResBlock
+    return kind(
+        features,
+        config.groups,
+        config.epsilon,
+        skip,
+        time=True,
+        activation=config.activation,
+        scales=config.time_scales,
+        divisor=divisor,
+    )
+
+
+def _transformer(remat: bool) -> Any:
+    return nn.remat(Transformer) if remat else Transformer
 
 
 class Level(nn.Module):
@@ -133,25 +161,25 @@ class Level(nn.Module):
     in_features: tuple[int, ...]  # of every residual block, skip connection included
     features: int
     heads: int
-    attends: bool
+    transformer_layers: int  # 0: no transformers
+    only_cross: bool
     resample: str | None  # "down", "up" or None
     remat: bool = False
 
     def setup(self) -> None:
-        groups = self.config.groups
-        res_block, transformer = _blocks(self.remat)
+        config = self.config
         self.res = [
-            res_block(self.features, groups, RES_EPSILON, skip=before != self.features, time=True)
-            for before in self.in_features
+            _res_block(config, self.features, self.remat, skip=before != self.features) for before in self.in_features
         ]
-        if self.attends:
-            transformers = len(self.in_features)
+        if self.transformer_layers:
+            transformer = _transformer(self.remat)
             self.attention = [
-                transformer(self.features, self.heads, self.config.transformer_layers, groups)
-                for _ in range(transformers)
+                transformer(self.features, self.heads, self.transformer_layers, config.groups, self.only_cross)
+                for _ in self.in_features
             ]
         if self.resample == "down":
-            self.downsample = Conv(self.features, stride=2)
+            padding = (1, 1) if config.even_downsampling else (0, 1)
+            self.downsample = Conv(self.features, stride=2, padding=padding)
         elif self.resample == "up":
             self.upsample = Upsample(self.features)
 
@@ -159,31 +187,44 @@ class Level(nn.Module):
         return [block.time_shift(embedding) for block in self.res]
 
     def text_kv(self, context: Array) -> list[Any]:
-        return [transformer.text_kv(context) for transformer in self.attention] if self.attends else []
+        return [transformer.text_kv(context) for transformer in self.attention] if self.transformer_layers else []
 
     def block(self, i: int, x: Array, time: list[Array], kv: list[Any]) -> Array:
         x = self.res[i](x, time[i])
-        return self.attention[i](x, kv[i]) if self.attends else x
+        return self.attention[i](x, kv[i]) if self.transformer_layers else x
 
 
 class Middle(nn.Module):
+    """Between the two ways: a transformer between two residual blocks, one residual block alone, or nothing."""
+
     config: UNetConfig
     remat: bool = False
 
     def setup(self) -> None:
-        width, groups = self.config.channels[-1], self.config.groups
-        res_block, transformer = _blocks(self.remat)
-        self.res = [res_block(width, groups, RES_EPSILON, skip=False, time=True) for _ in range(2)]
-        self.attention = transformer(width, self.config.heads[-1], self.config.transformer_layers, groups)
+        config, remat = self.config, self.remat
+        width, layers = config.channels[-1], config.middle_transformers
+        blocks = {"attention": 2, "plain": 1, "none": 0}[config.middle]
+        divisor = config.middle_scale
+        self.res = [_res_block(config, width, remat, skip=False, divisor=divisor) for _ in range(blocks)]
+        if layers:
+            self.attention = _transformer(remat)(width, config.heads[-1], layers, config.groups)
 
     def time_shifts(self, embedding: Array) -> list[Array]:
         return [block.time_shift(embedding) for block in self.res]
 
-    def text_kv(self, context: Array) -> list[tuple[Array, Array]]:
-        return self.attention.text_kv(context)
+    def text_kv(self, context: Array) -> list[Any]:
+        return self.attention.text_kv(context) if self.config.middle_transformers else []
 
-    def __call__(self, x: Array, time: list[Array], kv: list[tuple[Array, Array]]) -> Array:
-        return self.res[1](self.attention(self.res[0](x, time[0]), kv), time[1])
+    def __call__(self, x: Array, time: list[Array], kv: list[Any]) -> Array:
+        for i, block in enumerate(self.res):
+            if i == 1:
+                x = self.attention(x, kv)
+            x = block(x, time[i])
+        return x
+
+
+def _same_size_conv(features: int, size: int) -> Conv:
+    return Conv(features, size=size, padding=(size // 2, size // 2))
 
 
 class UNet(nn.Module):
@@ -199,17 +240,21 @@ class UNet(nn.Module):
 
     def setup(self) -> None:
         config, remat = self.config, self.remat
-        channels, blocks, last = config.channels, config.res_blocks, len(config.channels) - 1
-        self.time_fc1 = Dense(4 * channels[0])
-        self.time_fc2 = Dense(4 * channels[0])
-        self.conv_in = Conv(channels[0])
+        channels, blocks, last = config.channels, config.level_res_blocks, len(config.channels) - 1
+        time_width = config.time_width or 4 * channels[0]
+        self.time_fc1 = Dense(time_width)
+        self.time_fc2 = Dense(time_width)
+        self.conv_in = _same_size_conv(channels[0], config.conv_in_size)
+
+        def level(i: int, ins: tuple[int, ...], layers: int, resample: str | None) -> Level:
+            only_cross = config.level_only_cross[i]
+            return Level(config, ins, channels[i], config.heads[i], layers, only_cross, resample, remat)
 
         width, skips, down = channels[0], [channels[0]], []
         for i, features in enumerate(channels):
-            ins = (width, *[features] * (blocks - 1))
-            resample = "down" if i < last else None
-            down.append(Level(config, ins, features, config.heads[i], config.attention[i], resample, remat))
-            skips += [features] * (blocks + (i < last))
+            ins = (width, *[features] * (blocks[i] - 1))
+            down.append(level(i, ins, config.down_transformers[i], "down" if i < last else None))
+            skips += [features] * (blocks[i] + (i < last))
             width = features
         self.down = down
         self.mid = Middle(config, remat)
@@ -217,17 +262,22 @@ class UNet(nn.Module):
         up = []
         for i in range(last, -1, -1):
             features = channels[i]
-            ins = (width + skips.pop(), *[features + skips.pop() for _ in range(blocks)])
-            resample = "up" if i > 0 else None
-            up.append(Level(config, ins, features, config.heads[i], config.attention[i], resample, remat))
+            ins = (width + skips.pop(), *[features + skips.pop() for _ in range(blocks[i])])
+            up.append(level(i, ins, config.up_transformers[last - i], "up" if i > 0 else None))
             width = features
         self.up = up
-        self.norm_out = GroupNorm(config.groups, RES_EPSILON)
-        self.conv_out = Conv(config.out_channels)
+        self.norm_out = GroupNorm(config.groups, config.epsilon)
+        self.conv_out = _same_size_conv(config.out_channels, config.conv_out_size)
 
     def time_table(self, t: Array) -> Any:
         """t f|i32[...] -> the shift of every residual block, a pytree of f[..., c]."""
-        embedding = self.time_fc2(nn.silu(self.time_fc1(timestep_embedding(t, self.config.channels[0]))))
+        config = self.config
+        embedding = timestep_embedding(
+            t, config.channels[0], cosine_first=config.cosine_first, shift=config.frequency_shift
+        )
+        embedding = self.time_fc2(ACTIVATIONS[config.activation](self.time_fc1(embedding)))
+        for name in config.time_activations:
+            embedding = ACTIVATIONS[name](embedding)
         return [part.time_shifts(embedding) for part in (*self.down, self.mid, *self.up)]
 
     def text_kv(self, context: Array) -> Any:
@@ -241,7 +291,7 @@ class UNet(nn.Module):
         f[k*b, h, w, out_channels].
         """
         levels = len(self.down)
-        x = self.conv_in(x)
+        x = self.conv_in(2 * x - 1 if self.config.center_input else x)
         skips = [x]
         for level, shifts, text in zip(self.down, time[:levels], kv[:levels], strict=True):
             for i in range(len(level.in_features)):
@@ -257,7 +307,7 @@ class UNet(nn.Module):
                 x = level.block(i, x, shifts, text)
             if level.resample:
                 x = level.upsample(x, skips[-1].shape[1:3])
-        return self.conv_out(nn.silu(self.norm_out(x)))
+        return self.conv_out(ACTIVATIONS[self.config.activation](self.norm_out(x)))
 
     def __call__(self, x: Array, t: Array, context: Array) -> Array:
         return self.predict(x, self.time_table(t), self.text_kv(context))

@@ -7,6 +7,7 @@ here are unscaled: multiply by `config.scaling_factor` before the UNet, divide b
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -53,15 +54,18 @@ class AttentionBlock(nn.Module):
 
 
 class Middle(nn.Module):
-    features: int
-    groups: int
+    config: VAEConfig
 
     def setup(self) -> None:
-        self.res = [ResBlock(self.features, self.groups, EPSILON, skip=False) for _ in range(2)]
-        self.attention = AttentionBlock(self.features, self.groups)
+        config, features = self.config, self.config.channels[-1]
+        block = partial(ResBlock, features, config.groups, EPSILON, skip=False, activation=config.activation)
+        self.res = [block() for _ in range(2)]
+        if config.middle_attention:
+            self.attention = AttentionBlock(features, config.groups)
 
     def __call__(self, x: Array) -> Array:
-        return self.res[1](self.attention(self.res[0](x)))
+        x = self.res[0](x)
+        return self.res[1](self.attention(x) if self.config.middle_attention else x)
 
 
 class Level(nn.Module):
@@ -70,12 +74,13 @@ class Level(nn.Module):
     in_features: int
     features: int
     blocks: int
-    groups: int
+    config: VAEConfig
     resample: str | None  # "down", "up" or None
 
     def setup(self) -> None:
         widths = [self.in_features] + [self.features] * self.blocks
-        self.res = [ResBlock(after, self.groups, EPSILON, skip=before != after) for before, after in pairwise(widths)]
+        block = partial(ResBlock, groups=self.config.groups, epsilon=EPSILON, activation=self.config.activation)
+        self.res = [block(after, skip=before != after) for before, after in pairwise(widths)]
         if self.resample == "down":  # pads right and bottom only
             self.downsample = Conv(self.features, stride=2, padding=(0, 1))
         elif self.resample == "up":
@@ -102,12 +107,12 @@ class Encoder(nn.Module):
                 widths[i],
                 widths[i + 1],
                 config.res_blocks,
-                config.groups,
+                config,
                 "down" if i < last else None,
             )
             for i in range(last + 1)
         ]
-        self.mid = Middle(config.channels[-1], config.groups)
+        self.mid = Middle(config)
         self.norm_out = GroupNorm(config.groups, EPSILON)
         self.conv_out = Conv(2 * config.latent_channels)
 
@@ -127,13 +132,13 @@ class Decoder(nn.Module):
         widths = (channels[0], *channels)
         last = len(channels) - 1
         self.conv_in = Conv(channels[0])
-        self.mid = Middle(channels[0], config.groups)
+        self.mid = Middle(config)
         self.up = [
             Level(
                 widths[i],
                 widths[i + 1],
                 config.res_blocks + 1,
-                config.groups,
+                config,
                 "up" if i < last else None,
             )
             for i in range(last + 1)
@@ -159,17 +164,20 @@ class VAE(nn.Module):
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config)
-        self.quant_conv = Conv(2 * self.config.latent_channels, size=1, padding=(0, 0))
-        self.post_quant_conv = Conv(self.config.latent_channels, size=1, padding=(0, 0))
+        if self.config.quant_conv:
+            self.quant_conv = Conv(2 * self.config.latent_channels, size=1, padding=(0, 0))
+        if self.config.post_quant_conv:
+            self.post_quant_conv = Conv(self.config.latent_channels, size=1, padding=(0, 0))
         self.decoder = Decoder(self.config)
 
     def encode(self, images: Array) -> Posterior:
-        moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
+        moments = self.encoder(images)
+        moments = (self.quant_conv(moments) if self.config.quant_conv else moments).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: Array) -> Array:
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(latents) if self.config.post_quant_conv else latents)
 
     def __call__(self, images: Array) -> Array:
         """The reconstruction through the posterior's mean."""

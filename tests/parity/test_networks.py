@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import convert
-from convert.diffusers import diffusers_json
+from convert.diffusers_config import diffusers_json
 from convert.names import PARTS, entries
 from convert.write import write_tokenizer
 from sdjax import checkpoint
