@@ -6,131 +6,217 @@ Everything is decided by names and shapes; nothing is read but the few small ten
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from convert.names import Part, other_names
-from convert.source import CheckpointError, Source, TensorInfo
-from sdjax.config import PRESETS, SD15, SD15_INPAINT, SD21, SD21_BASE, CLIPConfig, ModelConfig
+from convert.names import PARTS, Part, known_names, undotted
+from convert.source import FLOATS, CheckpointError, Source
+from sdjax.config import PRESETS, SD15, SD15_INPAINT, SD21, SD21_BASE, ModelConfig
+from sdjax.hints import hint
 
 CONFIG_KEY = "sdjax.config"  # in the metadata of .safetensors files that we wrote
 V_PREDICTION_STD = 0.09  # of the bias named in `_prediction`, above it in v-prediction models
 
 OTHER_MODELS = (
     (r"(^|\.)label_emb\.|^conditioner\.embedders\.1\.", "Stable Diffusion XL"),
-    (r"(^|\.)(control_model|zero_convs\.0|controlnet_cond_embedding)\.", "ControlNet"),
-    (r"^lora_(unet|te\d?)_|\.(lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up)\.|[._](hada_w|lokr_w)", "LoRA"),
-    (r"^(string_to_param|string_to_token|emb_params)(\.|$)", "textual inversion embedding"),
-    (r"^taesd_(encoder|decoder)\.", "TAESD"),
     (r"(^|\.)joint_blocks\.0\.", "Stable Diffusion 3"),
     (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.0\.", "Flux"),
     (r"^depth_model\.", "Stable Diffusion 2 depth-to-image"),
     (r"^noise_augmentor\.|^embedder\.model\.visual\.", "Stable unCLIP"),
     (r"(^|\.)(time_embed|time_embedding)\.cond_proj\.", "guidance-distilled (LCM) UNet"),
     (r"(^|\.)scaled_fp8$|\.scale_weight$", "scaled-float8 checkpoint"),
-    (r"^(body\.0|adapter)\.", "T2I-Adapter"),
     (r"^(model\.diffusion_model\.)?transformer_blocks\.0\.", "diffusion transformer"),
 )
 """What we can name but not use: a pattern for tensor names, and what it is."""
 
+ADDITIONS = (
+    (r"(^|\.)(control_model|zero_convs\.0|controlnet_cond_embedding|controlnet)\.", "ControlNet"),
+    (
+        r"(^|[._])lora_(unet|te\d?)_|\.(lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|alpha)(\.|$)"
+        r"|\.lora\.|_lora\.|[._](hada_w|lokr_w|oft_blocks)",
+        "LoRA",
+    ),
+    (r"^(string_to_param|string_to_token|emb_params)(\.|$)", "textual inversion embedding"),
+    (r"^taesd_(encoder|decoder)\.", "TAESD"),
+    (r"^(body\.0|adapter|t2i_adapter)\.", "T2I-Adapter"),
+    (r"^(image_proj|ip_adapter)\.|(^|\.)to_[kv]_ip\.", "IP-Adapter"),
+    (r"(^|\.)(motion_modules|temporal_transformer)\.", "AnimateDiff motion module"),
+    (r"(^|[._])hypernet(work)?\.", "hypernetwork"),
+)
+"""What comes as a file of its own, and is sometimes left in the file of a whole model; not used there either."""
+
+NOT_APPLIED = "which is not applied"
+
 NOT_NEEDED = (
-    (r"betas$|(.*_)?alphas_cumprod(_prev)?$|posterior_\w+$|lvlb_weights$|logvar$", "a schedule table, computed anew"),
-    (r".*\bposition_ids$", "always 0 to 76"),
-    (r"model_ema\.(decay|num_updates)$", "training state"),
-    (r"model_ema\..*", "moving averages, not asked for"),
-    (r"(embedding_manager|loss|denoiser|optimizer_states)\..*", "training state"),
-    (r".*\b(text_projection(\.weight)?|logit_scale)$", "for comparing texts with pictures only"),
+    (
+        r"(.*_)?betas$|(.*_)?(log_)?(one_minus_)?alphas(_cumprod)?(_prev)?$|(log_)?sigmas$",
+        "a schedule table, computed anew",
+    ),
+    (r"(.*\.)?posterior_\w+$|lvlb_weights$|logvar$|denoiser\.\w+$", "a schedule table, computed anew"),
+    (r"(.*\.)?position_ids$", "always 0 to 76"),
+    (r"(.*\.)?(causal_)?(attn|attention)_mask$", "a mask, computed anew"),
+    (r"(.*\.)?model_ema\.(decay|num_updates)$", "training state"),
+    (r"(.*[._])?ema[._](decay|num_updates|step)$", "training state"),
+    (r"(.*\.)?model_ema\..*", "moving averages, not asked for"),
+    (r"(.*\.)?(embedding_manager|loss|discriminator|perceptual_loss|lpips)\..*", "training state"),
+    (r"(optimizers?(_states?)?|lr_schedulers?|ema_optimizer|grad_scaler|callbacks)\..*", "training state"),
+    (r"(.*\.)?num_batches_tracked$|(global_step|epoch|step|iteration)$", "training state"),
+    (r"(.*\.)?(text_projection(\.weight)?|logit_scale)$", "for comparing texts with pictures only"),
     (r"(.*\.)?(vision_model|visual|visual_projection)\..*", "CLIP's image tower"),
-    (r"(ztsnr|v_pred|global_step)$", "a flag"),
+    (r"(safety_checker|feature_extractor)\..*", "the safety checker"),
+    (r"(.*\.)?(scale_factor|scaling_factor)$", "a number that the configuration says"),
+    (r"(ztsnr|v_pred|edm_\w+)$|edm_vpred\..*", "a flag"),
 )
 """Names that a file may hold and we do not use, and why."""
 
-SIGNATURES: dict[Part, dict[str, str]] = {
-    "unet": {"compvis": "input_blocks.0.0.weight", "diffusers": "time_embedding.linear_1.weight"},
-    "vae": {
-        "compvis": "encoder.down.0.block.0.norm1.weight",
-        "diffusers": "encoder.down_blocks.0.resnets.0.norm1.weight",
-    },
-    "text": {"openclip": "positional_embedding", "diffusers": "embeddings.token_embedding.weight"},
+OTHER_TEXT = (
+    (r"(^|\.)(encoder|decoder)\.block\.\d+\.layer\.\d+\.SelfAttention\.|^text_encoders?\.t5", "T5"),
+    (r"(^|\.)(roberta|xlm_roberta)\.", "XLM-RoBERTa (AltDiffusion's)"),
+    (r"(^|\.)token_emb\.|(^|\.)attn_layers\.layers\.", "latent-diffusion's own BERT"),
+    (r"(^|\.)embeddings\.word_embeddings\.|(^|\.)encoder\.layer\.\d+\.attention\.", "BERT"),
+    (r"(^|\.)(model\.)?layers\.\d+\.self_attn\.q_proj\.|(^|\.)embed_tokens\.", "a language model"),
+    (r"(^|\.)query_key_value\.", "ChatGLM"),
+    (r"(^|\.)(vision_model|visual)\.", "CLIP's image encoder"),
+)
+"""Text encoders that are not CLIP's: a pattern for tensor names, and what it is."""
+
+HEADS: dict[Part, str] = {
+    "unet": r"(?:(?:input_blocks|output_blocks|middle_block)\.\d+\.|time_embed(?:ding)?\.(?:0|2|linear_1|linear_2)\."
+    r"|(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.(?:resnets|attentions|downsamplers|upsamplers)\.)",
+    "vae": r"(?:encoder|decoder)\.(?:mid|mid_block|(?:down|up|down_blocks|up_blocks)\.\d+)"
+    r"\.(?:block|resnets|attn|attentions|downsample|upsample)[\w.]*\.",
+    "text": r"(?:text_model\.)?(?:(?:transformer\.resblocks|encoder\.layers)\.\d+\."
+    r"(?:ln_|layer_norm|attn|self_attn|mlp)|(?:embeddings\.)?(?:token_embedding|positional_embedding|position_embedding)(?:\.weight)?$)",
 }
-"""A tensor that each part has in each spelling and nothing else has; what stands before it is the prefix."""
+"""How names begin that each part has and nothing else has; what stands before is the prefix."""
+
+LIKELY: dict[Part, str] = {
+    "unet": r"model\.diffusion_model\.|unet\.",
+    "vae": r"first_stage_model\.|vae\.",
+    "text": r"cond_stage_model\.|text_encoder\.|conditioner\.embedders\.0\.",
+}
+"""Prefixes under which nothing but this part is stored, whatever it is."""
+
+AVERAGES = (
+    r"(?:.*?[._])?(?:model_ema\.diffusion_model|(?:unet_ema|ema_unet|ema_model|ema)\.)"
+    r"(?=\.?(?:input_blocks|middle_block|output_blocks|time_embed|out\.?[02]|down_blocks|mid_block|up_blocks|conv_))"
+)
+"""Prefixes of the moving averages of a UNet, whose names often go on without dots."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """One part of a model in a file. names: its tensors by the name of `convert.names` -> the name in the file."""
+    """One part of a model in a file.
+
+    names: its tensors by the name that `convert.names` knows -> the names in the file, where two spellings of one name
+    may both be. averages: the UNet's moving averages, by their names without dots. prefixes: before its names.
+    """
 
     part: Part
-    spelling: str
     source: Source
-    names: dict[str, str]
+    prefixes: frozenset[str]
+    names: dict[str, list[str]]
+    averages: dict[str, list[str]]
 
-    def info(self, name: str) -> TensorInfo:
-        return self.source.tensors[self.names[name]]
+    def find(self, *names: str) -> str | None:
+        """The name in the file of a tensor that may have any of these; its average where there is nothing else."""
+        found = [self.names[name] for name in names if name in self.names]
+        found += [self.averages[undotted(name)] for name in names if not self.names and undotted(name) in self.averages]
+        return found[0][0] if found else None
 
 
-def refuse_other_models(source: Source) -> None:
-    """Raises CheckpointError naming the model if the file is for something that is not a Stable Diffusion 1 or 2."""
-    for pattern, model in OTHER_MODELS:
+def refuse_other_models(source: Source, ignore: Sequence[str], alone: bool) -> None:
+    """Raises CheckpointError naming the model if the file is for something that is not a Stable Diffusion 1 or 2.
+
+    alone: whether additions are all that the file could hold.
+    """
+    for pattern, model in OTHER_MODELS + (ADDITIONS if alone else ()):
         for name in source.tensors:
-            if re.search(pattern, name):
+            if re.search(pattern, name) and not matches(name, ignore):
                 raise CheckpointError(
                     f"{source.path}: this is a {model} file (it holds {name}); "
                     "expected Stable Diffusion 1.x, its inpainting model, or 2.x"
                 )
 
 
-def locate(source: Source) -> dict[Part, Located]:
-    """The parts in a file.
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name fits one of the patterns (as in fnmatch)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def locate(source: Source, ignore: Sequence[str] = ()) -> dict[Part, Located]:
+    """The parts in a file, whole or not. ignore: patterns of names that say nothing about what the file is.
 
     Raises:
-        CheckpointError: a part is there twice, or the file belongs to a model that is not supported.
+        CheckpointError: the file belongs to a model that is not supported.
     """
-    refuse_other_models(source)
-    found: dict[Part, tuple[str, str]] = {}
-    for part, spelling, prefix in _signatures(source):
-        if part in found and found[part] != (spelling, prefix):
-            raise CheckpointError(
-                f"{source.path}: two names for one thing, {found[part][1] + SIGNATURES[part][found[part][0]]} and "
-                f"{prefix + SIGNATURES[part][spelling]}; keep one of the two"
-            )
-        found[part] = (spelling, prefix)
-    parts: dict[Part, dict[str, str]] = {part: {} for part in found}
-    by_length = sorted(found, key=lambda part: len(found[part][1]), reverse=True)
+    prefixes: dict[str, set[Part]] = {}
+    averages: dict[str, list[str]] = {}
     for name in source.tensors:
-        owners = [part for part in by_length if name.startswith(found[part][1])]
-        if not owners or why_not_needed(name):
-            continue
-        names = parts[owners[0]]
-        own = other_names(name.removeprefix(found[owners[0]][1]))
-        if owners[0] == "text":
-            own = own.removeprefix("text_model.")
-        if own in names:
-            raise CheckpointError(
-                f"{source.path}: two names for one thing, {names[own]} and {name}; keep one of the two"
-            )
-        names[own] = name
-    return {part: Located(part, found[part][0], source, names) for part, names in parts.items()}
+        if found := re.match(AVERAGES, name):
+            averages.setdefault(undotted(name[found.end() :]), []).append(name)
+        elif why_not_needed(name) is None and not matches(name, ignore):
+            for part, prefix in _heads(name):
+                prefixes.setdefault(prefix, set()).add(part)
+    names: dict[Part, dict[str, list[str]]] = {part: {} for parts in prefixes.values() for part in parts}
+    for name in source.tensors:
+        for at in [0, *(found.end() for found in re.finditer(r"\.", name))] if names else ():
+            for part in prefixes.get(name[:at], ()):
+                own = name[at:].removeprefix("text_model.") if part == "text" else name[at:]
+                names[part].setdefault(own, []).append(name)
+    if averages:
+        names.setdefault("unet", {})
+    whole = any(re.match(r"(output|up)_blocks", own) for own in [*names.get("unet", ()), *averages])
+    refuse_other_models(source, ignore, alone=not (whole or set(names) & {"vae", "text"}))
+    return {
+        part: Located(
+            part,
+            source,
+            frozenset(prefix for prefix, parts in prefixes.items() if part in parts),
+            names[part],
+            averages if part == "unet" else {},
+        )
+        for part in PARTS
+        if part in names
+    }
 
 
-def _signatures(source: Source) -> Iterator[tuple[Part, str, str]]:
-    for name in source.tensors:
-        for part, spellings in SIGNATURES.items():
-            for spelling, signature in spellings.items():
-                prefix = name.removesuffix(signature)
-                if prefix != name and (not prefix or prefix.endswith(".")) and not why_not_needed(name):
-                    if part == "text":
-                        prefix = prefix.removesuffix("text_model.")
-                    yield part, spelling, prefix
+def _heads(name: str) -> Iterator[tuple[Part, str]]:
+    for part, head in HEADS.items():
+        found = re.match(rf"((?:.*?\.)?){head}", name)
+        if found and not (part == "unet" and re.search(r"(^|\.)(encoder|decoder)\.$", found[1])):
+            yield part, found[1]
 
 
 def why_not_needed(name: str) -> str | None:
-    """Why a name of `NOT_NEEDED` is not used; None for any other."""
-    return next((why for pattern, why in NOT_NEEDED if re.fullmatch(pattern, name)), None)
+    """Why a name of `NOT_NEEDED` or `ADDITIONS` is not used; None for any other."""
+    for pattern, why in NOT_NEEDED:
+        if re.fullmatch(pattern, name):
+            return why
+    what = next((what for pattern, what in ADDITIONS if re.search(pattern, name)), None)
+    return what and f"of a {what}, {NOT_APPLIED}"
+
+
+def contents(source: Source, parts: Iterable[Part]) -> str:
+    """What a file holds, in words; a text encoder of another family is named."""
+    held = [_WORDS[part] for part in PARTS[::-1] if part in parts]
+    if "text" not in parts and (other := other_text_encoder(source)):
+        held.append(f"another text encoder, {other}")
+    return " and ".join(held) or "nothing of a Stable Diffusion model"
+
+
+def other_text_encoder(source: Source) -> str | None:
+    """Which text encoder that is not CLIP's a file holds."""
+    for pattern, what in OTHER_TEXT:
+        for name in source.tensors:
+            if re.search(pattern, name):
+                return f"{what} ({name})"
+    return None
 
 
 def infer_config(path: Path, parts: dict[Part, Located], prediction: str | None) -> tuple[ModelConfig, list[str]]:
@@ -144,7 +230,8 @@ def infer_config(path: Path, parts: dict[Part, Located], prediction: str | None)
     if "unet" not in parts:
         held = " and ".join(_WORDS[part] for part in parts) or "nothing of a Stable Diffusion model"
         raise CheckpointError(
-            f"{path}: holds {held} and no UNet; give a whole checkpoint, and this file by --vae or --text-encoder"
+            f"{path}: holds {held} and no UNet; "
+            f"give a whole checkpoint, and this file by {hint('vae')} or {hint('text_encoder')}"
         )
     unet = parts["unet"]
     source = unet.source
@@ -153,18 +240,16 @@ def infer_config(path: Path, parts: dict[Part, Located], prediction: str | None)
             return ModelConfig.from_json(source.metadata[CONFIG_KEY]), []
         except ValueError as error:
             raise CheckpointError(f"{source.path}: the metadata entry {CONFIG_KEY} is damaged ({error})") from None
-    old = unet.spelling == "compvis"
-    first = "input_blocks.0.0.weight" if old else "conv_in.weight"
-    block = "input_blocks.1.1" if old else "down_blocks.0.attentions.0"
-    cross = f"{block}.transformer_blocks.0.attn2.to_k.weight"
-    for name in (first, cross, f"{block}.proj_in.weight"):
-        if name not in unet.names or len(unet.info(name).shape) < 2:
-            raise CheckpointError(f"{source.path}: a UNet without {name}; this is no Stable Diffusion 1.x or 2.x")
-    channels, width = unet.info(first).shape[1], unet.info(cross).shape[1]
+    first = _shape(unet, "input_blocks.0.0.weight", "conv_in.weight")
+    cross, inner = (
+        _shape(unet, f"input_blocks.1.1.{name}", f"down_blocks.0.attentions.0.{name}")
+        for name in ("transformer_blocks.0.attn2.to_k.weight", "proj_in.weight")
+    )
+    channels, width = first[1], cross[1]
     if width not in (768, 1024):
         known = "768 is Stable Diffusion 1.x and 1024 is 2.x" + (", 2048 is XL" if width == 2048 else "")
         raise CheckpointError(
-            f"{source.path}: text width {width} is unknown ({known}); for another model give --config"
+            f"{source.path}: text width {width} is unknown ({known}); for another model give {hint('config')}"
         )
     if channels not in (4, 8, 9):
         known = {5: "depth-to-image", 7: "the upscaler"}.get(channels, "an unknown model")
@@ -176,8 +261,7 @@ def infer_config(path: Path, parts: dict[Part, Located], prediction: str | None)
         kind, reason = _prediction(unet, channels) if prediction is None else (prediction, "as asked")
         notes.append(f"prediction {kind}: {reason}")
         config = SD21 if kind == "v" else SD21_BASE
-        config = dataclasses.replace(config, clip=_openclip(parts.get("text"), config))
-    linear = len(unet.info(f"{block}.proj_in.weight").shape) == 2
+    linear = len(inner) == 2
     changed = dataclasses.replace(config.unet, in_channels=channels, linear_projection=linear)
     config = dataclasses.replace(config, unet=changed)
     if width == 768 and (prediction == "v" or "v_pred" in source.tensors):
@@ -199,32 +283,48 @@ def named(config: ModelConfig, otherwise: str) -> ModelConfig:
     return dataclasses.replace(config, name=otherwise)
 
 
+def _shape(unet: Located, *names: str) -> tuple[int, ...]:
+    """The shape of the UNet's matrix or kernel that has one of these names."""
+    found = unet.find(*names)
+    shape = () if found is None else unet.source.tensors[found].shape
+    if len(shape) < 2:
+        raise CheckpointError(f"{unet.source.path}: a UNet without {names[0]}; this is no Stable Diffusion 1.x or 2.x")
+    return shape
+
+
 def _prediction(unet: Located, channels: int) -> tuple[str, str]:
     """Epsilon or v for a Stable Diffusion 2 file, which does not say: the two public rules of thumb, and the reason."""
     if channels == 9:
         return "epsilon", "the inpainting model predicts epsilon"
     if unet.source.metadata.get("global_step") == "875000":
         return "epsilon", "global_step 875000 is the 512-pixel base model"
-    name = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    if unet.spelling != "compvis":
-        name = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
-    if name not in unet.names:
-        return "epsilon", f"{name} is missing"
-    std = float(np.std(unet.source.read(unet.names[name]).astype(np.float32)))
+    last = "transformer_blocks.0.norm1.bias"
+    name = unet.find(f"output_blocks.11.1.{last}", f"up_blocks.3.attentions.2.{last}")
+    if name is None or unet.source.tensors[name].dtype not in FLOATS:
+        return "epsilon", f"output_blocks.11.1.{last} is missing"
+    std = float(np.std(unet.source.read(name).astype(np.float32)))
     sign, kind = (">", "v") if std > V_PREDICTION_STD else ("<=", "epsilon")
-    return kind, f"std {std:.3f} of {name} {sign} {V_PREDICTION_STD}; --prediction says otherwise"
+    other = hint("prediction", "epsilon" if kind == "v" else "v")
+    return kind, f"std {std:.3f} of {name} {sign} {V_PREDICTION_STD}; {other} says otherwise"
 
 
-def _openclip(text: Located | None, config: ModelConfig) -> CLIPConfig:
-    """The text configuration for the layers that are there: 24 of which the last is not used, or the 23 used."""
-    if text is None:
-        return config.clip
-    pattern = r"(?:transformer\.resblocks|encoder\.layers)\.(\d+)\."
-    numbers = [int(match[1]) for name in text.names if (match := re.match(pattern, name))]
-    layers = max(numbers, default=-1) + 1
-    projected = text.spelling == "openclip" and all(
-        any(name.endswith(end) for name in text.source.tensors) for end in ("text_projection", "logit_scale")
-    )
-    if layers == 23:
-        return dataclasses.replace(config.clip, layers=23, skip=0, projection=None)
-    return dataclasses.replace(config.clip, projection=config.clip.projection if projected else None)
+def without_unusable_layers(config: ModelConfig, text: Located) -> ModelConfig:
+    """`config` without the last layers and the projection of the text encoder, where no output needs them and the file
+    does not hold them all.
+    """
+    clip = config.clip
+    whole = {
+        leaf
+        for name, entry in known_names(config, "text").items()
+        for found in text.names.get(name, ())
+        if text.source.misfit(found, entry.shape, entry.accepts) is None
+        for leaf in entry.leaves
+    }
+    wanted = {leaf for entry in known_names(config, "text").values() for leaf in entry.leaves}
+    missing = {leaf[0] for leaf in wanted - whole}
+    if missing & {"projection", "logit_scale"}:
+        clip = dataclasses.replace(clip, projection=None)
+    used = clip.layers - clip.skip
+    if any(f"layer_{i}" in missing for i in range(used, clip.layers)):
+        clip = dataclasses.replace(clip, layers=used, skip=0, projection=None)
+    return dataclasses.replace(config, clip=clip)

@@ -6,15 +6,16 @@ No file outside the folder is opened because a file in it says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from convert.detect import Located, locate
+from convert import hub
+from convert.detect import Located, contents, locate
 from convert.diffusers_config import folder_config, read_json
 from convert.names import PARTS, Part
-from convert.source import CheckpointError, Source, TensorInfo, open_source
+from convert.source import CheckpointError, Source, open_source
 from sdjax.config import ModelConfig
 
 FOLDERS: dict[Part, str] = {"text": "text_encoder", "vae": "vae", "unet": "unet"}
@@ -32,38 +33,59 @@ TOKENIZER_FILES = (
 )
 
 
-class Shards:
-    """Several files that are one: the same interface as `Source`."""
-
-    def __init__(self, path: Path, parts: list[Source], owner: dict[str, Source]) -> None:
-        self.path = path
-        self.format = "diffusers"
-        self.parts = parts
-        self.owner = owner
-        self.tensors: dict[str, TensorInfo] = {name: owner[name].tensors[name] for name in owner}
-        self.metadata: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}
-
-    def read(self, name: str) -> Any:
-        return self.owner[name].read(name)
+VARIANTS = ("", "fp32", "fp16", "bf16", "ema", "non_ema")
+"""Variants in names of weight files, the one to take first; others come behind them."""
 
 
-def weight_file(names: Iterable[str], part: Part) -> str | None:
-    """The file to read for a part: .safetensors before .bin, the plain one before fp16; an index stands for its shards.
+SHARD = r"-\d+-of-\d+"
 
-    names: the files of the part's folder. None if there is none.
+
+def joined(index: Path, files: dict[str, Source], weight_map: dict[str, str]) -> Source:
+    """Several files that are one. weight_map: tensor -> the file that holds it."""
+    owners = {tensor: files[file] for tensor, file in weight_map.items()}
+    return Source(
+        index,
+        "diffusers",
+        {tensor: owner.tensors[tensor] for tensor, owner in owners.items()},
+        lambda name: owners[name].read(name),
+        lambda: None,
+        unusable={name: why for file in files.values() for name, why in file.unusable.items()},
+        files=owners,
+    )
+
+
+def weight_files(names: Iterable[str], part: Part) -> list[str]:
+    """The files that hold a part, the one to read first: .safetensors before .bin, then in the order of `VARIANTS`.
+
+    names: the files of the part's folder. An index stands for its shards.
     """
-    there = set(names)
-    for extension, stem in STEMS[part].items():
-        for variant in ("", ".fp16"):
-            for name in (
-                f"{stem}{variant}{extension}",
-                f"{stem}{extension}.index{variant}.json",
-                f"{stem}{variant}{extension}.index.json",
-            ):
-                if name in there:
-                    return name
-    return None
+    found = []
+    for name in names:
+        if re.search(SHARD, name):
+            continue
+        for rank, (extension, stem) in enumerate(STEMS[part].items()):
+            match = re.fullmatch(_pattern(stem, extension), name)
+            if match:
+                variant = next((group for group in match.groups() if group), "")
+                known = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+                found.append(((rank, known, variant, name.endswith(".json"), name), name))
+    return [name for _, name in sorted(found)]
+
+
+def _pattern(stem: str, extension: str) -> str:
+    """Names of a file or an index, of any variant, which may be said in several places."""
+    stem, extension, variant = re.escape(stem), re.escape(extension), r"(?:\.([\w-]+))?"
+    return rf"{stem}{variant}{extension}|{stem}{variant}{extension}\.index{variant}\.json"
+
+
+def shards_of(index: str, names: Iterable[str]) -> list[str]:
+    """The files among `names` that by their names are the shards of an index."""
+    whole, _, rest = index.partition(".index")
+    stem, _, extension = whole.rpartition(".")
+    stem, dot, variant = stem.partition(".")
+    variant = re.escape(dot + variant or rest.removesuffix(".json"))
+    pattern = rf"{re.escape(stem)}(?:{variant}{SHARD}|{SHARD}{variant})\.{extension}"
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
 def shard_names(index: Path) -> dict[str, str]:
@@ -76,24 +98,27 @@ def shard_names(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map; this is not an index of shards")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index}: names the shard {file!r}, which is not a plain file name; refused")
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or not file.isprintable():
+            raise CheckpointError(f"{index}: names the shard {file!r}, which is not a plain file name; refused"[:600])
         if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index}: the shard {file} is missing; download the folder again")
+            raise CheckpointError(f"{index}: the shard {file} is missing; download the folder again"[:600])
     return weight_map
 
 
-def open_part(folder: Path, part: Part, stack: ExitStack) -> tuple[Located, str]:
+def open_part(folder: Path, part: Part, stack: ExitStack, ignore: Sequence[str] = ()) -> tuple[Located, str]:
     """The weights of one part in its own folder, and the name of the file taken. Closed with `stack`.
 
     Raises:
         CheckpointError: no weights, or not those of this part.
     """
-    name = weight_file((file.name for file in folder.iterdir()), part)
-    if name is None:
+    there = sorted(file.name for file in folder.iterdir())
+    names = weight_files(there, part)
+    if not names:
         expected = " or ".join(stem + extension for extension, stem in STEMS[part].items())
-        raise CheckpointError(f"{folder}: no weights here; expected {expected}")
-    source: Any
+        raise CheckpointError(
+            f"{folder}: no weights here; expected {expected}, found {_few(there)}{hub.advice(folder)}"
+        )
+    name = names[0]
     if name.endswith(".json"):
         weight_map = shard_names(folder / name)
         opened = {file: stack.enter_context(open_source(folder / file)) for file in dict.fromkeys(weight_map.values())}
@@ -103,29 +128,68 @@ def open_part(folder: Path, part: Part, stack: ExitStack) -> tuple[Located, str]
                 raise CheckpointError(f"{folder / file}: holds {foreign[0]}, which {name} does not say")
         for tensor, file in weight_map.items():
             if tensor not in opened[file].tensors:
-                raise CheckpointError(f"{folder / file}: lacks {tensor}, which {name} says is in it")
-        source = Shards(folder / name, list(opened.values()), {t: opened[file] for t, file in weight_map.items()})
+                raise CheckpointError(f"{folder / file}: lacks {ascii(tensor[:100])[1:-1]}, which {name} says is in it")
+        source = joined(folder / name, opened, weight_map)
     else:
         source = stack.enter_context(open_source(folder / name))
-    located = locate(source).get(part)
-    if located is None:
-        raise CheckpointError(f"{folder / name}: not the weights of the {FOLDERS[part]}")
-    return located, name
+    parts = locate(source, ignore)
+    if part not in parts:
+        raise CheckpointError(
+            f"{folder / name}: not the weights of the {FOLDERS[part]}; this file holds {contents(source, parts)}"
+        )
+    plain = {stem + end for extension, stem in STEMS[part].items() for end in (extension, f"{extension}.index.json")}
+    left = "" if name in plain or len(names) == 1 else f" (a variant; not taken: {', '.join(names[1:4])})"
+    return parts[part], name + left
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of the files in a folder, as shown in errors."""
+    return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else ""))[:300] or "nothing"
 
 
 def is_diffusers_folder(path: Path) -> bool:
     return (path / "model_index.json").is_file()
 
 
-def open_folder(folder: Path, stack: ExitStack) -> tuple[ModelConfig, dict[Part, Located], list[str]]:
-    """A diffusers folder: its configuration, its parts, and notes on which files were taken."""
+def check_folder(path: Path) -> None:
+    """Raises CheckpointError, saying what is there, if `path` is no diffusers folder."""
+    index = path / "model_index.json"
+    if index.is_file():
+        return
+    if index.is_symlink():
+        raise CheckpointError(f"{index}: a link to nothing; the download is not complete, get it again")
+    there = sorted(file.name for file in path.iterdir())
+    whole = [name for name in there if name.endswith((".ckpt", ".safetensors", ".pt", ".bin"))]
+    if (path.parent / "model_index.json").is_file():
+        advice = f"it is a part of {path.parent}; give that one"
+    elif whole:
+        advice = f"give the file itself, such as {path / whole[0]}"
+    else:
+        advice = "expected a .ckpt, a .safetensors or a diffusers folder"
+    raise CheckpointError(
+        f"{path}: a folder without model_index.json, which holds {_few(there)}; {advice}{hub.advice(path)}"
+    )
+
+
+def open_folder(
+    folder: Path, stack: ExitStack, *, ema: str = "auto", without: Collection[Part] = (), ignore: Sequence[str] = ()
+) -> tuple[ModelConfig, dict[Part, Located], list[str]]:
+    """A diffusers folder: its configuration, its parts, and notes on which files were taken.
+
+    ema: "yes" takes the UNet in unet_ema, where training scripts keep the moving averages; so does "auto" if there is
+    no other. without: parts that are not wanted.
+    """
     config, notes = folder_config(folder)
     parts: dict[Part, Located] = {}
     for part in PARTS:
-        if not (folder / FOLDERS[part]).is_dir():
+        inside = folder / FOLDERS[part]
+        averages = folder / f"{FOLDERS[part]}_ema"
+        if averages.is_dir() and (ema == "yes" or (ema == "auto" and not inside.is_dir())):
+            inside = averages
+        if part in without or not inside.is_dir():
             continue
-        parts[part], name = open_part(folder / FOLDERS[part], part, stack)
-        notes.append(f"{FOLDERS[part]}: read {name}")
+        parts[part], name = open_part(inside, part, stack, ignore)
+        notes.append(f"{inside.name}: read {name}")
     return config, parts, notes
 
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from convert import hub
 from convert.detect import named
 from convert.diffusers_fields import ALWAYS, EARLIER, SCHEDULER, SCHEDULERS, TEXT, TOKENIZER, UNET, VAE, Table
-from convert.source import CheckpointError
+from convert.source import CheckpointError, what_it_is
 from sdjax.config import (
     MOST_BLOCKS,
     MOST_LAYERS,
@@ -68,14 +69,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError, naming the file, if it is none or too large."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; this is not a whole diffusers folder")
+            what = "a link to nothing" if path.is_symlink() else "missing"
+            raise CheckpointError(f"{path}: {what}; this is not a whole diffusers folder{hub.advice(path.parent)}")
         if path.stat().st_size > JSON_BOUND:
             raise CheckpointError(f"{path}: larger than {JSON_BOUND} bytes; not a configuration")
-        data = json.loads(path.read_bytes())  # in any Unicode encoding
+        content = path.read_bytes()
+        data = json.loads(content)  # in any Unicode encoding
     except CheckpointError:
         raise
     except (OSError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+        kind = None if isinstance(error, OSError) else what_it_is(content)
+        raise CheckpointError(f"{path}: {kind or f'not readable as JSON ({error})'}"[:600]) from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data

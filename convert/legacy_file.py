@@ -55,25 +55,29 @@ def open_legacy(path: Path) -> Source:
         ) from None
     found, skipped, metadata = unwrap(state, path, lambda value: isinstance(value, torch.Tensor))
     size = path.stat().st_size
-    tensors = {name: _info(path, name, tensor, size) for name, tensor in found.items()}
+    tensors, unusable = {}, {}
+    for name, tensor in found.items():
+        tensors[name], wrong = _info(tensor, size)
+        if wrong:
+            unusable[name] = wrong
 
     def read(name: str) -> np.ndarray:
         dtype = DTYPES[tensors[name].dtype]
         raw = found[name].detach().contiguous().reshape(-1).view(torch.uint8)
         return raw.numpy().copy().view(dtype).reshape(tensors[name].shape)
 
-    return Source(path, "ckpt-legacy", tensors, read, found.clear, skipped, metadata)
+    return Source(path, "ckpt-legacy", tensors, read, found.clear, skipped, metadata, unusable)
 
 
-def _info(path: Path, name: str, tensor: Any, file_size: int) -> TensorInfo:
+def _info(tensor: Any, file_size: int) -> tuple[TensorInfo, str]:
+    """A tensor's description, and what makes it unusable ("" if nothing does)."""
     dtype, layout = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, tensor.layout))
+    info = TensorInfo(TORCH_DTYPES.get(dtype, dtype), tuple(tensor.shape))
     if dtype not in TORCH_DTYPES or layout != "strided" or tensor.device.type != "cpu":
-        raise CheckpointError(f"{path}: {name} is a {layout} tensor of {dtype}, which is not supported")
+        return info, f"is a {layout} tensor of {dtype}, which is not supported"
     if tensor.numel() * tensor.element_size() > file_size:
-        raise CheckpointError(
-            f"{path}: {name} has the shape {tuple(tensor.shape)}, more than the whole file could hold"
-        )
-    return TensorInfo(TORCH_DTYPES[dtype], tuple(tensor.shape))
+        return info, f"has the shape {tuple(tensor.shape)}, more than the whole file could hold"
+    return info, ""
 
 
 def _torch(path: Path) -> Any:

@@ -7,11 +7,13 @@ write one. Each part of a model comes in two spellings:
     vae   "compvis" (encoder.down.0.block.0.conv1.weight)   "diffusers" (encoder.down_blocks.0.resnets.0.conv1.weight)
     text  "openclip" (transformer.resblocks.0.ln_1.weight)  "diffusers" (encoder.layers.0.layer_norm1.weight)
 
+Exporters have mixed them in every way, so that a file is read by `known_names`: all the names that a tensor may have.
 Names here carry no prefix (`model.diffusion_model.`, ...): where a part lies in a file is found by `convert.detect`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,13 +56,12 @@ class Entry:
         return self.shape
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape is the one meant."""
-        if self.layout == "linear":
-            return shape in (self.shape[:2], (*self.shape[:2], 1, 1))
-        return shape == self.shape
+        """Whether a tensor of this shape is the one meant: axes of length 1 make no difference."""
+        return [n for n in shape if n != 1] == [n for n in self.shape if n != 1]
 
     def to_leaves(self, array: np.ndarray) -> dict[Path, np.ndarray]:
-        """The file's tensor as leaves: C-contiguous arrays (or `array` itself) in the dtype it has."""
+        """The file's tensor as leaves: C-contiguous arrays (or a view of `array`) in the dtype it has."""
+        array = array.reshape(self.shape)
         if self.layout == "same":
             return {self.leaves[0]: array}
         if self.layout == "conv":
@@ -99,7 +100,8 @@ def _transposed(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-Modules = Iterator[tuple[str, str, str]]  # (ours, the older spelling, diffusers' spelling), without prefixes
+Modules = Iterator[tuple[str, str, str]]
+"""(ours, the older spelling, diffusers' spelling), without prefixes; `|` stands for the dots at which the two mix."""
 
 
 def _unet_modules(config: UNetConfig) -> Modules:
@@ -129,11 +131,11 @@ def _unet_modules(config: UNetConfig) -> Modules:
 
     def block(ours: str, old: str, new: str, parts: Sequence[tuple[str, ...]]) -> Modules:
         for names in parts:
-            yield f"{ours}/{names[0]}", f"{old}.{names[1]}", f"{new}.{names[-1]}"
+            yield f"{ours}/{names[0]}", f"{old}|{names[1]}", f"{new}|{names[-1]}"
 
     last = len(config.channels) - 1
-    yield "time_fc1", "time_embed.0", "time_embedding.linear_1"
-    yield "time_fc2", "time_embed.2", "time_embedding.linear_2"
+    yield "time_fc1", "time_embed|0", "time_embedding|linear_1"
+    yield "time_fc2", "time_embed|2", "time_embedding|linear_2"
     yield "conv_in", "input_blocks.0.0", "conv_in"
     index = 1
     for i in range(last + 1):
@@ -145,7 +147,7 @@ def _unet_modules(config: UNetConfig) -> Modules:
                 yield from block(f"down_{i}/attention_{j}", old, new, transformer(layers))
             index += 1
         if i < last:
-            yield f"down_{i}/downsample", f"input_blocks.{index}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
+            yield f"down_{i}/downsample", f"input_blocks.{index}.0|op", f"down_blocks.{i}.downsamplers.0|conv"
             index += 1
     for j, k in ((0, 0), (1, 2)):
         yield from block(f"mid/res_{j}", f"middle_block.{k}", f"mid_block.resnets.{j}", res)
@@ -161,8 +163,8 @@ def _unet_modules(config: UNetConfig) -> Modules:
                 yield from block(f"up_{i}/attention_{j}", old, new, transformer(layers))
             index += 1
         if i < last:
-            old = f"output_blocks.{index - 1}.{2 if layers else 1}.conv"
-            yield f"up_{i}/upsample/conv", old, f"up_blocks.{i}.upsamplers.0.conv"
+            old = f"output_blocks.{index - 1}.{2 if layers else 1}|conv"
+            yield f"up_{i}/upsample/conv", old, f"up_blocks.{i}.upsamplers.0|conv"
     yield "norm_out", "out.0", "conv_norm_out"
     yield "conv_out", "out.2", "conv_out"
 
@@ -172,13 +174,13 @@ def _vae_modules(config: VAEConfig) -> Modules:
 
     def res(ours: str, old: str, new: str) -> Modules:
         for name in ("norm1", "conv1", "norm2", "conv2"):
-            yield f"{ours}/{name}", f"{old}.{name}", f"{new}.{name}"
-        yield f"{ours}/conv_skip", f"{old}.nin_shortcut", f"{new}.conv_shortcut"
+            yield f"{ours}/{name}", f"{old}|{name}", f"{new}|{name}"
+        yield f"{ours}/conv_skip", f"{old}|nin_shortcut", f"{new}|conv_shortcut"
 
     for coder in ("encoder", "decoder"):
         yield f"{coder}/conv_in", f"{coder}.conv_in", f"{coder}.conv_in"
         for j in range(2):
-            yield from res(f"{coder}/mid/res_{j}", f"{coder}.mid.block_{j + 1}", f"{coder}.mid_block.resnets.{j}")
+            yield from res(f"{coder}/mid/res_{j}", f"{coder}.mid|block_{j + 1}", f"{coder}.mid_block|resnets.{j}")
         for ours, old, new in (
             ("norm", "norm", "group_norm"),
             ("q", "q", "to_q"),
@@ -186,21 +188,21 @@ def _vae_modules(config: VAEConfig) -> Modules:
             ("v", "v", "to_v"),
             ("out", "proj_out", "to_out.0"),
         ):
-            at, to = f"{coder}.mid.attn_1.{old}", f"{coder}.mid_block.attentions.0.{new}"
+            at, to = f"{coder}.mid|attn_1|{old}", f"{coder}.mid_block|attentions.0|{new}"
             yield f"{coder}/mid/attention/{ours}", at, to
         yield f"{coder}/norm_out", f"{coder}.norm_out", f"{coder}.conv_norm_out"
         yield f"{coder}/conv_out", f"{coder}.conv_out", f"{coder}.conv_out"
     for i in range(last + 1):
         for j in range(config.res_blocks):
-            at = f"down.{i}.block.{j}"
-            yield from res(f"encoder/down_{i}/res_{j}", f"encoder.{at}", f"encoder.down_blocks.{i}.resnets.{j}")
+            at = f"encoder.down.{i}|block.{j}"
+            yield from res(f"encoder/down_{i}/res_{j}", at, f"encoder.down_blocks.{i}|resnets.{j}")
         for j in range(config.res_blocks + 1):  # CompVis counts the decoder's levels from the last
-            at = f"up.{last - i}.block.{j}"
-            yield from res(f"decoder/up_{i}/res_{j}", f"decoder.{at}", f"decoder.up_blocks.{i}.resnets.{j}")
+            at = f"decoder.up.{last - i}|block.{j}"
+            yield from res(f"decoder/up_{i}/res_{j}", at, f"decoder.up_blocks.{i}|resnets.{j}")
         if i < last:
-            old, new = f"encoder.down.{i}.downsample.conv", f"encoder.down_blocks.{i}.downsamplers.0.conv"
+            old, new = f"encoder.down.{i}|downsample|conv", f"encoder.down_blocks.{i}|downsamplers.0|conv"
             yield f"encoder/down_{i}/downsample", old, new
-            old, new = f"decoder.up.{last - i}.upsample.conv", f"decoder.up_blocks.{i}.upsamplers.0.conv"
+            old, new = f"decoder.up.{last - i}|upsample|conv", f"decoder.up_blocks.{i}|upsamplers.0|conv"
             yield f"decoder/up_{i}/upsample/conv", old, new
     yield "quant_conv", "quant_conv", "quant_conv"
     yield "post_quant_conv", "post_quant_conv", "post_quant_conv"
@@ -210,15 +212,15 @@ def _text_modules(config: CLIPConfig) -> Modules:
     for i in range(config.layers):
         for ours, old, new in (
             ("norm1", "ln_1", "layer_norm1"),
-            ("attention/q", "", "self_attn.q_proj"),  # in OpenCLIP q, k and v are one stacked tensor
-            ("attention/k", "", "self_attn.k_proj"),
-            ("attention/v", "", "self_attn.v_proj"),
-            ("attention/out", "attn.out_proj", "self_attn.out_proj"),
+            ("attention/q", "attn|", "self_attn|q_proj"),  # in OpenCLIP q, k and v are one stacked tensor
+            ("attention/k", "attn|", "self_attn|k_proj"),
+            ("attention/v", "attn|", "self_attn|v_proj"),
+            ("attention/out", "attn|out_proj", "self_attn|out_proj"),
             ("norm2", "ln_2", "layer_norm2"),
-            ("fc1", "mlp.c_fc", "mlp.fc1"),
-            ("fc2", "mlp.c_proj", "mlp.fc2"),
+            ("fc1", "mlp|c_fc", "mlp|fc1"),
+            ("fc2", "mlp|c_proj", "mlp|fc2"),
         ):
-            yield f"layer_{i}/{ours}", old and f"transformer.resblocks.{i}.{old}", f"encoder.layers.{i}.{new}"
+            yield f"layer_{i}/{ours}", f"transformer.resblocks.{i}|{old}", f"encoder.layers.{i}|{new}"
     yield "final_norm", "ln_final", "final_layer_norm"
 
 
@@ -232,6 +234,12 @@ def _entry(name: str, path: Path, shape: tuple[int, ...], pointwise: bool) -> En
     return Entry(f"{name}.weight", shape[::-1] + ((1, 1) if pointwise else ()), "linear", (path,))
 
 
+def _modules(config: ModelConfig, part: Part) -> Modules:
+    if part == "unet":
+        return _unet_modules(config.unet)
+    return _vae_modules(config.vae) if part == "vae" else _text_modules(config.clip)
+
+
 @lru_cache(maxsize=32)
 def entries(config: ModelConfig, part: Part, spelling: str) -> tuple[Entry, ...]:
     """Every tensor of one part in one spelling; each leaf of the part's tree is in exactly one entry.
@@ -241,14 +249,9 @@ def entries(config: ModelConfig, part: Part, spelling: str) -> tuple[Entry, ...]
     """
     tree = _leaves(abstract_params(config)[part])
     old = spelling in ("compvis", "openclip")
-    modules = {
-        "unet": lambda: _unet_modules(config.unet),
-        "vae": lambda: _vae_modules(config.vae),
-        "text": lambda: _text_modules(config.clip),
-    }[part]()
     found: list[Entry] = []
-    for ours, old_name, new_name in modules:
-        name = old_name if old else new_name
+    for ours, old_name, new_name in _modules(config, part):
+        name = "" if old and old_name.endswith("|") else (old_name if old else new_name).replace("|", ".")
         at = tuple(ours.split("/"))
         for leaf in ("kernel", "scale", "bias"):
             path = (*at, leaf)
@@ -298,19 +301,85 @@ def _leaves(tree: object, at: Path = ()) -> dict[Path, tuple[int, ...]]:
     return {at: tree.shape}  # type: ignore[attr-defined]
 
 
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+SAME = (
+    ("q", "to_q", "query"),
+    ("k", "to_k", "key"),
+    ("v", "to_v", "value"),
+    ("proj_out", "to_out.0", "proj_attn"),
+    ("norm", "group_norm"),
+)
+"""Ends of module names that stand for each other, in any spelling."""
 
 
-def other_names(name: str) -> str:
-    """The name under which today's diffusers stores what an older one stored as `name` (VAE attention only)."""
-    head, _, rest = name.rpartition(".attentions.0.")
-    module, _, leaf = rest.rpartition(".")
-    return f"{head}.attentions.0.{OLD_ATTENTION[module]}.{leaf}" if head and module in OLD_ATTENTION else name
+@lru_cache(maxsize=32)
+def known_names(config: ModelConfig, part: Part) -> dict[str, Entry]:
+    """Every name under which a file may hold a tensor of this part, in any spelling and mixture -> what it is.
+
+    Of the names of one tensor the older spelling's comes first, diffusers' last.
+    """
+    tree = _leaves(abstract_params(config)[part])
+    found: dict[str, Entry] = _text_names(config.clip, tree) if part == "text" else {}
+    for ours, old, new in _modules(config, part):
+        at = tuple(ours.split("/"))
+        for leaf in ("kernel", "scale", "bias"):
+            if (*at, leaf) in tree:
+                for name in _mixtures(old, new):
+                    entry = _entry(name, (*at, leaf), tree[(*at, leaf)], False)
+                    found[entry.name] = entry
+    return found
+
+
+@lru_cache(maxsize=64)
+def spelled(config: ModelConfig, part: Part, old: bool) -> dict[Path, str]:
+    """The name of each leaf's tensor in the older spelling, or in diffusers'."""
+    found: dict[Path, str] = {}
+    for name, entry in known_names(config, part).items():
+        for leaf in entry.leaves:
+            if not (old and leaf in found):
+                found[leaf] = name
+    return found
+
+
+def _mixtures(old: str, new: str) -> Iterator[str]:
+    """The module names that come of taking each segment from either spelling."""
+    segments = []
+    for one, other in zip(old.split("|"), new.split("|"), strict=True):
+        alike = next((same for same in SAME if one != other and one in same), ())
+        between = [name for name in (one, *alike) if name not in ("", other)]
+        segments.append(list(dict.fromkeys([*between, other])))
+    return map(".".join, itertools.product(*segments))
+
+
+def _text_names(config: CLIPConfig, tree: dict[Path, tuple[int, ...]]) -> dict[str, Entry]:
+    """What `_text_modules` has no module for: embeddings, stacked attention weights, projection and logit scale."""
+    found: dict[str, Entry] = {}
+    positions = ("positional_embedding", "positional_embedding.weight", "position_embedding.weight")
+    for leaf, names in (("token_embedding", ("token_embedding.weight",)), ("position_embedding", positions)):
+        for name in (*names, *(f"embeddings.{name}" for name in names)):
+            found[name] = Entry(name, tree[(leaf,)], "same", ((leaf,),))
+    for i, block in itertools.product(range(config.layers), ("transformer.resblocks", "encoder.layers")):
+        for attention, dot in itertools.product(("attn", "self_attn"), "_."):
+            for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
+                leaves = tuple((f"layer_{i}", "attention", x, leaf) for x in "qkv")
+                shape = (3 * config.width, config.width) if leaf == "kernel" else (3 * config.width,)
+                name = f"{block}.{i}.{attention}.in_proj{dot}{kind}"
+                found[name] = Entry(name, shape, "stacked", leaves)
+    if config.projection is not None:
+        kernel = ("projection", "kernel")
+        found["text_projection"] = Entry("text_projection", tree[kernel], "same", (kernel,))
+        found["text_projection.weight"] = Entry("text_projection.weight", tree[kernel][::-1], "linear", (kernel,))
+        found["logit_scale"] = Entry("logit_scale", tree[("logit_scale",)], "same", (("logit_scale",),))
+    return found
 
 
 def ema_name(name: str) -> str:
     """Where training files keep the moving average of the UNet's tensor `name` (its CompVis name without prefix)."""
-    return "model_ema.diffusion_model" + name.replace(".", "")
+    return "model_ema.diffusion_model" + undotted(name)
+
+
+def undotted(name: str) -> str:
+    """A name as training files write it for a moving average."""
+    return name.replace(".", "")
 
 
 def text_spelling(config: CLIPConfig) -> str:

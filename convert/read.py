@@ -7,35 +7,37 @@ Nothing is read until all names and shapes fit. Then each tensor is read, checke
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
+import glob
 import math
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from convert import diffusers
-from convert.detect import Located, infer_config, locate, why_not_needed
+from convert import detect, diffusers, hub
+from convert.detect import Located, infer_config, locate, matches, why_not_needed
 from convert.diffusers_config import with_part_of
-from convert.names import PARTS, Entry, Part, ema_name, entries
+from convert.names import PARTS, Entry, Part, ema_name, known_names, spelled, undotted
+from convert.names import Path as Keys
 from convert.report import Report
 from convert.source import DTYPES, CheckpointError, Source, open_source
-from convert.tensors import Tensor
+from convert.tensors import Tensor, Zeros
 from sdjax import checkpoint
 from sdjax.config import PRESETS, ModelConfig
+from sdjax.hints import hint
 from sdjax.types import Params
 
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 WRITTEN_AS = {"text": "the text encoder", "vae": "the autoencoder (VAE)", "unet": "the UNet"}
 WORKERS = 2
 Job = tuple[Part, Entry, Source, str]  # read this name of this source, it is this entry of this part
-OPTIONS = {"text": "--text-encoder", "vae": "--vae"}
+OPTIONS = {"text": "text_encoder", "vae": "vae"}  # that give a part, by their names in `sdjax.hints`
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from several threads."""
@@ -110,35 +112,68 @@ def lazy(
     _check_arguments(ema, prediction, dtype)
     report = Report(str(path), "") if report is None else report
     with ExitStack() as stack:
-        found, jobs, tokenizer = _prepare(Path(path), vae, text_encoder, ema, prediction, config, ignore, report, stack)
+        asked = Asked(vae, text_encoder, ema, prediction, config, ignore)
+        found, jobs, tokenizer = _prepare(Path(path), asked, report, stack)
         if not report.complete:
-            raise CheckpointError(f"{path}: not a whole {found.name} model: {report.problem()}")
+            raise CheckpointError(f"{path}: not a whole {found.name} model: {report.problem()}{_advice(report)}")
         count = _counter(jobs, progress)
+        files = {id(file): file for _, _, source, name in jobs for file in (source.file_of(name),)}
+        zeros = {
+            at: Zeros(file, [(entry, name) for _, entry, source, name in jobs if source.file_of(name) is file])
+            for at, file in files.items()
+        }
+        for each in zeros.values():
+            each.check_end()
         params: dict[str, Any] = {part: {} for part in PARTS}
         for part, entry, source, name in jobs:
-            for keys, leaf in Tensor(part, entry, source, name, dtype, report, count).leaves().items():
+            tensor = Tensor(part, entry, source, name, dtype, report, count, zeros[id(source.file_of(name))])
+            for keys, leaf in tensor.leaves().items():
                 _put(params[part], keys, leaf)
         yield Converted(found, params, report, tokenizer)
 
 
-def inspect(path: str | Path, **options: Any) -> tuple[ModelConfig, Report]:
-    """What `read` would find at `path`, by names and shapes alone; raises as `read`, but for what is in the report."""
+def inspect(
+    path: str | Path,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    ema: str = "auto",
+    prediction: str | None = None,
+    config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
+) -> tuple[ModelConfig, Report]:
+    """What `read` would find and take with these options, by names and shapes alone.
+
+    Raises as `read`, but for what is in the report.
+    """
+    _check_arguments(ema, prediction, "keep")
     report = Report(str(path), "")
-    arguments = dict(vae=None, text_encoder=None, ema="auto", prediction=None, config=None, ignore=()) | options
     with ExitStack() as stack:
-        config, _, _ = _prepare(Path(path), **arguments, report=report, stack=stack)
-    return config, report
+        asked = Asked(vae, text_encoder, ema, prediction, config, ignore)
+        found, _, _ = _prepare(Path(path), asked, report, stack)
+    return found, report
 
 
 def configuration(path: str | Path, **options: Any) -> ModelConfig:
-    """The configuration that `read` would find, from headers alone. Options and errors as `read`."""
-    report = Report(str(path), "")
-    arguments = dict(vae=None, text_encoder=None, ema="auto", prediction=None, config=None, ignore=()) | options
-    with ExitStack() as stack:
-        found, _, _ = _prepare(Path(path), **arguments, report=report, stack=stack)
+    """The configuration that `read` would give for the same path and options (of `inspect`), by names and shapes alone.
+
+    Raises as `read`, for everything that can be known before a number is read.
+    """
+    config, report = inspect(path, **options)
     if not report.complete:
-        raise CheckpointError(f"{path}: not a whole {found.name} model: {report.problem()}")
-    return found
+        raise CheckpointError(f"{path}: not a whole {config.name} model: {report.problem()}{_advice(report)}")
+    return config
+
+
+class Asked(NamedTuple):
+    """The options of `read` that say what is to be taken."""
+
+    vae: str | Path | None
+    text_encoder: str | Path | None
+    ema: str
+    prediction: str | None
+    config: ModelConfig | None
+    ignore: Sequence[str]
 
 
 def named_config(given: str | Path) -> ModelConfig:
@@ -165,68 +200,64 @@ def _check_arguments(ema: str, prediction: str | None, dtype: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, found {value!r}")
 
 
-def _prepare(
-    path: Path,
-    vae: str | Path | None,
-    text_encoder: str | Path | None,
-    ema: str,
-    prediction: str | None,
-    config: ModelConfig | None,
-    ignore: Sequence[str],
-    report: Report,
-    stack: ExitStack,
-) -> tuple[ModelConfig, list[Job], Path | None]:
+def _prepare(path: Path, asked: Asked, report: Report, stack: ExitStack) -> tuple[ModelConfig, list[Job], Path | None]:
     """Everything but the numbers: the configuration, which tensor becomes what, and a tokenizer folder."""
-    asked = config
-    config, found, tokenizer = _open(path, config, report, stack)
-    sources = list({id(located.source): located.source for located in found.values()}.values())
+    config, found, sources, tokenizer = _open(path, asked, report, stack)
     parts = dict(found)
-    if vae is not None:
-        parts["vae"] = _open_other(Path(vae), "vae", stack)
-    if text_encoder is not None:
-        parts["text"] = _open_other(Path(text_encoder), "text", stack)
+    if asked.vae is not None:
+        parts["vae"] = _open_other(Path(asked.vae), "vae", asked.ignore, stack)
+    if asked.text_encoder is not None:
+        parts["text"] = _open_other(Path(asked.text_encoder), "text", asked.ignore, stack)
+    for part, located in parts.items():
+        report.parts[part] = str(located.source.path)
     if "unet" not in parts or config is None:
-        config, notes = infer_config(path, parts, prediction)
+        config, notes = infer_config(path, parts, asked.prediction)
         report.notes += notes
-    if asked is None:
-        others: tuple[tuple[Part, str | Path | None], ...] = (("vae", vae), ("text", text_encoder))
+    if asked.config is None:
+        others: tuple[tuple[Part, str | Path | None], ...] = (("vae", asked.vae), ("text", asked.text_encoder))
         for part, other in others:
             described = None if other is None else _folder_of(Path(other), part) / "config.json"
             if described is not None and described.is_file():
                 config = with_part_of(config, part, described, report.notes)
     for part in PARTS:
         if part not in parts:
-            raise CheckpointError(f"{path}: {WRITTEN_AS[part]} is missing; give it by {OPTIONS[part]} FILE")
-        report.parts[part] = f"{parts[part].source.path} ({parts[part].spelling} names)"
+            held = detect.contents(sources[0], found) if sources else "no weights"
+            raise CheckpointError(
+                f"{path}: holds {held}; {WRITTEN_AS[part]} is missing; give it by {hint(OPTIONS[part])}"
+            )
+    fitting = detect.without_unusable_layers(config, parts["text"])
+    if fitting != config:
+        config = detect.named(fitting, f"{config.name}-variant")
     report.model = config.name
-    averaged = _use_ema(parts["unet"], config, ema, report)
-    replaced = [located for part, located in found.items() if parts[part] is not located]
-    jobs = _match(config, parts, replaced, averaged, report)
-    _check_unexpected(parts, sources, ignore, report)
+    _check_width(config, parts["text"])
+    averaged = _use_ema(parts["unet"], config, asked.ema, report)
+    jobs = _match(config, parts, averaged, asked.ignore, report)
+    _check_unexpected(config, parts, found, sources, asked.ignore, report)
     return config, jobs, tokenizer
 
 
 def _open(
-    path: Path, config: ModelConfig | None, report: Report, stack: ExitStack
-) -> tuple[ModelConfig | None, dict[Part, Located], Path | None]:
+    path: Path, asked: Asked, report: Report, stack: ExitStack
+) -> tuple[ModelConfig | None, dict[Part, Located], list[Source], Path | None]:
     """What lies at `path`; the configuration is None where only the parts' shapes can tell."""
+    path = hub.snapshot(path)
     if path.is_dir():
-        if not diffusers.is_diffusers_folder(path):
-            raise CheckpointError(
-                f"{path}: a folder without model_index.json; expected a .ckpt, a .safetensors or a diffusers folder"
-            )
-        found, parts, notes = diffusers.open_folder(path, stack)
+        diffusers.check_folder(path)
+        options: dict[Part, Any] = {"vae": asked.vae, "text": asked.text_encoder}
+        given = [part for part, option in options.items() if option is not None]
+        config, parts, notes = diffusers.open_folder(path, stack, ema=asked.ema, without=given, ignore=asked.ignore)
         report.format = "diffusers"
         report.notes += notes
         tokenizer = path / "tokenizer"
         known = any((tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-        return config or found, parts, tokenizer if known else None
+        sources = [located.source for located in parts.values()]
+        return asked.config or config, parts, sources, tokenizer if known else None
     source = stack.enter_context(open_source(path))
     report.format = source.format
-    parts = locate(source)
+    parts = locate(source, asked.ignore)
     if source.skipped:
         report.notes.append(f"{len(source.skipped)} entries that are no tensors were left out")
-    return config, parts, None
+    return asked.config, parts, [source], None
 
 
 def _folder_of(path: Path, part: Part) -> Path:
@@ -235,75 +266,183 @@ def _folder_of(path: Path, part: Part) -> Path:
     return inside if inside.is_dir() else path
 
 
-def _open_other(path: Path, part: Part, stack: ExitStack) -> Located:
+def _open_other(path: Path, part: Part, ignore: Sequence[str], stack: ExitStack) -> Located:
     """One part from another file or folder: a file of its own, a whole checkpoint, or a diffusers folder."""
+    path = hub.snapshot(path)
     if path.is_dir():
-        return diffusers.open_part(_folder_of(path, part), part, stack)[0]
-    located = locate(stack.enter_context(open_source(path))).get(part)
-    if located is None:
-        raise CheckpointError(f"{path}: {WRITTEN_AS[part]} is not in this file")
-    return located
+        return diffusers.open_part(_folder_of(path, part), part, stack, ignore)[0]
+    source = stack.enter_context(open_source(path))
+    parts = locate(source, ignore)
+    if part not in parts:
+        raise CheckpointError(
+            f"{path}: {WRITTEN_AS[part]} is not in this file, which holds {detect.contents(source, parts)}"
+        )
+    return parts[part]
+
+
+def _check_width(config: ModelConfig, text: Located) -> None:
+    """Raises CheckpointError if the text encoder is that of another family."""
+    name = text.find("token_embedding.weight", "embeddings.token_embedding.weight")
+    if name is None:
+        return
+    width = ([n for n in text.source.tensors[name].shape if n != 1] or [0])[-1]
+    if width != config.clip.width:
+        known = {768: "Stable Diffusion 1's", 1024: "Stable Diffusion 2's", 1280: "OpenCLIP bigG, SDXL's second"}
+        raise CheckpointError(
+            f"{text.source.path}: a text encoder {width} wide ({known.get(width, 'of an unknown family')}); "
+            f"the UNet needs one of {config.clip.width}; give it by {hint('text_encoder')}"
+        )
 
 
 def _use_ema(unet: Located, config: ModelConfig, ema: str, report: Report) -> bool:
     """Whether to read the UNet's moving averages."""
-    shadows = {ema_name(entry.name) for entry in entries(config, "unet", "compvis")}
-    there = sum(name in unet.source.tensors for name in shadows)
-    if ema == "yes" and there < len(shadows):
-        raise CheckpointError(
-            f"{unet.source.path}: {there} of {len(shadows)} moving averages (EMA) of the UNet are there; use --ema no"
-        )
-    averaged = ema != "no" and there == len(shadows)
+    leaves = spelled(config, "unet", True)
+    there = {
+        leaf
+        for name, entry in known_names(config, "unet").items()
+        if undotted(name) in unet.averages
+        for leaf in entry.leaves
+    }
+    held = f"{len(there)} of {len(leaves)} moving averages (EMA) of the UNet"
+    if not unet.names:
+        if ema == "no":
+            raise CheckpointError(
+                f"{unet.source.path}: holds {held} and no plain weights; use {hint('ema', 'yes')} to take them"
+            )
+        report.notes.append(f"the file holds {held} and no plain weights; the averages were taken")
+        return True
+    if ema == "yes" and len(there) < len(leaves):
+        raise CheckpointError(f"{unet.source.path}: {held} are there; use {hint('ema', 'no')}")
+    averaged = ema != "no" and len(there) == len(leaves)
     if there:
         taken = "the moving averages (EMA)" if averaged else "the plain weights"
-        report.notes.append(f"the file holds {there} of {len(shadows)} moving averages; {taken} of the UNet were taken")
+        report.notes.append(f"the file holds {held}; {taken} were taken")
     return averaged
 
 
 def _match(
-    config: ModelConfig, parts: dict[Part, Located], replaced: list[Located], averaged: bool, report: Report
+    config: ModelConfig, parts: dict[Part, Located], averaged: bool, ignore: Sequence[str], report: Report
 ) -> list[Job]:
     """Every parameter's tensor; fills the report's lists but for `unexpected`."""
     jobs: list[Job] = []
     for part in PARTS:
         located = parts[part]
-        tensors = located.source.tensors
-        for entry in entries(config, part, located.spelling):
-            name = ema_name(entry.name) if part == "unet" and averaged else located.names.get(entry.name)
-            if name is None and entry.name in ("text_projection", "logit_scale"):  # no part of the encoder proper
-                name = next((full for full in tensors if full.endswith(entry.name)), None)
-            if name is None:
-                report.missing.append(f"{part} {entry.name}")
+        source = located.source
+        known = known_names(config, part)
+        taken: dict[Keys, str] = {}
+        found = located.names
+        if part == "unet" and averaged:
+            report.ignored |= {name: "the moving average was taken" for names in found.values() for name in names}
+            found = located.averages
+            known = {undotted(name): entry for name, entry in reversed(known.items())}
+        pairs = [(own, name) for own, names in found.items() if own in known for name in names]
+        for own, name in sorted(pairs, key=lambda pair: matches(pair[1], ignore)):  # those to be ignored come last
+            entry = known[own]
+            before = next((taken[leaf] for leaf in entry.leaves if leaf in taken), None)
+            if before is not None and (matches(name, ignore) or _is_copy(source, before, name, report)):
                 continue
-            report.used.append(name)
-            info = tensors[name]
-            if not entry.accepts(info.shape):
-                report.mismatched.append(f"{name} (expected {entry.shape}, found {info.shape})")
-            elif info.dtype not in FLOATS:
-                report.mismatched.append(f"{name} (expected floating point, found {info.dtype})")
-            jobs.append((part, entry, located.source, name))
-    for located in replaced:
-        report.ignored |= dict.fromkeys(located.names.values(), "replaced by the file given for it")
-    if averaged:
-        report.ignored |= dict.fromkeys(parts["unet"].names.values(), "the moving average was taken")
+            taken |= dict.fromkeys(entry.leaves, name)
+            jobs.append((part, entry, source, name))
+            why = source.misfit(name, entry.shape, entry.accepts)
+            if why is not None:
+                report.mismatched.append(f"{name} ({why})")
+        report.used += dict.fromkeys(taken.values())
+        spelling = _spelling(config, part, (own for own, _ in pairs))
+        report.parts[part] = f"{source.path} ({spelling} names)"
+        for leaf, name in spelled(config, part, spelling in ("compvis", "openclip")).items():
+            if leaf not in taken and f"{part} {name}" not in report.missing:
+                report.missing.append(f"{part} {ema_name(name) if part == 'unet' and averaged else name}")
     return jobs
 
 
-def _check_unexpected(parts: dict[Part, Located], sources: list[Source], ignore: Sequence[str], report: Report) -> None:
-    """Sorts every name that was not used into ignored and unexpected."""
-    used = set(report.used)
+def _is_copy(source: Source, before: str, name: str, report: Report) -> bool:
+    """Whether two tensors that are the same parameter hold the same bits; the second one is then ignored.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    usable = source.tensors[before] == source.tensors[name] and not {before, name} & set(source.unusable)
+    if usable and source.read(before).tobytes() == source.read(name).tobytes():
+        report.ignored[name] = f"the same numbers as {before}"
+        return True
+    raise CheckpointError(
+        f"{source.path}: two names for one thing, {before} and {name}; "
+        f"keep one of the two, or leave one out by {hint('ignore', glob.escape(name))}"
+    )
+
+
+def _spelling(config: ModelConfig, part: Part, names: Iterable[str]) -> str:
+    """Which spelling these names are in, as it is shown."""
+    old, new = (set(spelled(config, part, old).values()) for old in (True, False))
+    if part == "unet":
+        old, new = ({undotted(name) for name in names} | names for names in (old, new))
+    held = set(names)
+    if held <= old:
+        return "openclip" if part == "text" else "compvis"
+    return "diffusers" if held <= new else "mixed"
+
+
+def _check_unexpected(
+    config: ModelConfig,
+    parts: dict[Part, Located],
+    found: dict[Part, Located],
+    sources: list[Source],
+    ignore: Sequence[str],
+    report: Report,
+) -> None:
+    """Sorts every name that was not used into ignored and unexpected. found: what was in the file itself."""
+    replaced = {part: located for part, located in found.items() if parts[part] is not located}
+    given = [part for part in PARTS if parts[part] is not found.get(part)]
+    remains = {
+        name
+        for part, located in replaced.items()
+        for own, names in located.names.items()
+        for name in names
+        if name != own or own in known_names(config, part)
+    }
+    last = rf"(encoder\.layers|transformer\.resblocks)\.{config.clip.layers}\."
+    unused = {name for own, names in parts["text"].names.items() if re.match(last, own) for name in names}
     names = [name for source in sources for name in source.tensors]
-    names += [name for part in parts.values() if part.source not in sources for name in part.names.values()]
+    for located in parts.values():
+        if located.source not in sources:
+            names += [name for held in located.names.values() for name in held]
+    averages = {name for names in parts["unet"].averages.values() for name in names}
+    used, additions = set(report.used), 0
     for name in names:
         if name in used or name in report.ignored:
             continue
-        why = why_not_needed(name)
-        if why is None and any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore):
+        why = "moving averages, not asked for" if name in averages else why_not_needed(name)
+        additions += why is not None and why.endswith(detect.NOT_APPLIED)
+        if name in remains or any(re.match(detect.LIKELY[part], name) for part in given):
+            why = "replaced by the file given for it"
+        elif why is None and name in unused and config.clip.activation == "gelu":
+            why = "the last layer, whose output is not used"
+        elif why is None and matches(name, ignore):
             why = "as asked"
         if why is None:
             report.unexpected.append(name)
         else:
             report.ignored[name] = why
+    if additions:
+        report.notes.append(f"of a LoRA or the like, which change nothing here, tensors were left out: {additions}")
+
+
+def _advice(report: Report) -> str:
+    """What helps where names are missing or unexpected, as it is typed."""
+    advice = [f"give it whole by {hint(OPTIONS[part])}" for part in OPTIONS if report.lacks(part)]
+    if report.unexpected:
+        patterns = dict.fromkeys(_pattern(name, report.used) for name in report.unexpected)
+        few = patterns if len(patterns) <= 3 else ("*",)
+        advice.append("what is not needed is left out by " + " ".join(hint("ignore", pattern) for pattern in few))
+    return "".join(f"; {each}" for each in advice)
+
+
+def _pattern(name: str, used: Sequence[str]) -> str:
+    """A pattern that fits this name and its like, but none that is used."""
+    head, dot, _ = name.partition(".")
+    if dot and not any(other.startswith(head + dot) for other in used):
+        return f"{glob.escape(head)}.*"
+    return glob.escape(name)
 
 
 def _counter(jobs: list[Job], progress: Progress | None) -> Callable[[int], None]:

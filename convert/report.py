@@ -31,9 +31,17 @@ class Report:
         """Whether every parameter was found and every name of the file was understood."""
         return not (self.missing or self.unexpected or self.mismatched)
 
+    def lacks(self, part: str) -> bool:
+        """Whether tensors of this part are missing."""
+        return any(name.startswith(f"{part} ") for name in self.missing)
+
     def problem(self) -> str:
         """One line on what is wrong, the first names of each kind; empty if nothing is."""
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of the wrong shape", self.mismatched))
+        kinds = (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("of the wrong shape or kind", self.mismatched),
+        )
         found = []
         for kind, names in kinds:
             if names:
@@ -50,7 +58,7 @@ class Report:
         lines += [f"  {part:5} from {where}" for part, where in self.parts.items()]
         lines.append(
             f"  {len(self.used)} tensors used, {len(self.ignored)} ignored, {len(self.missing)} missing, "
-            f"{len(self.unexpected)} unexpected, {len(self.mismatched)} of the wrong shape"
+            f"{len(self.unexpected)} unexpected, {len(self.mismatched)} of the wrong shape or kind"
         )
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  ignored: {name} ({why})" for name, why in self.ignored.items()]

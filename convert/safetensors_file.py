@@ -1,8 +1,8 @@
 """Reading .safetensors: 8 bytes with the length of the header (little endian), the header as JSON, then the data.
 
-The header is checked in full before a tensor is read: known dtypes, sizes that fit their shapes, and data without
-holes, overlaps or anything behind it. Old files whose data is not aligned are fine: every tensor is read into memory of
-its own.
+The header is checked in full before a tensor is read: data without holes, overlaps or anything behind it. A tensor with
+an unknown dtype, or a size that does not fit its shape, is unusable, and no reason to refuse the others. Old files
+whose data is not aligned are fine: every tensor is read into memory of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def open_safetensors(path: Path) -> Source:
         if 8 + length > size:
             raise CheckpointError(f"{path}: the file is cut off within its header; get it again")
         header = _parse(path, read_at(file, 8, length).tobytes())
-        metadata, places = _check(path, header, size - 8 - length)
+        metadata, places, unusable = _check(path, header, size - 8 - length)
     except BaseException:
         file.close()
         raise
@@ -46,7 +46,8 @@ def open_safetensors(path: Path) -> Source:
         return read_at(file, start + begin, end - begin).view(DTYPES[info.dtype]).reshape(info.shape)
 
     tensors = {name: info for name, (info, _, _) in places.items()}
-    return Source(path, "safetensors", tensors, read, file.close, metadata=metadata)
+    begins = {name: begin for name, (_, begin, _) in places.items()}
+    return Source(path, "safetensors", tensors, read, file.close, metadata=metadata, unusable=unusable, begins=begins)
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 Places = dict[str, tuple[TensorInfo, int, int]]
 
 
-def _check(path: Path, header: dict[str, Any], size: int) -> tuple[dict[str, str], Places]:
+def _check(path: Path, header: dict[str, Any], size: int) -> tuple[dict[str, str], Places, dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     if not strings:
@@ -83,10 +84,14 @@ def _check(path: Path, header: dict[str, Any], size: int) -> tuple[dict[str, str
         raise CheckpointError(f"{path}: {len(header)} tensors; expected 1 to {MAX_TENSORS}")
     nested = all(name.startswith(OLD_PREFIX) for name in header)
     places: Places = {}
+    unusable: dict[str, str] = {}
     for name, entry in header.items():
         check_name(path, name)
-        info, begin, end = _entry(path, name, entry)
-        places[name.removeprefix(OLD_PREFIX) if nested else name] = (info, begin, end)
+        info, begin, end, wrong = _entry(path, name, entry)
+        name = name.removeprefix(OLD_PREFIX) if nested else name
+        places[name] = (info, begin, end)
+        if wrong:
+            unusable[name] = wrong
     at = 0
     for name, (_, begin, end) in sorted(places.items(), key=lambda item: item[1][1:]):
         if begin != at:
@@ -101,25 +106,31 @@ def _check(path: Path, header: dict[str, Any], size: int) -> tuple[dict[str, str
         raise CheckpointError(
             f"{path}: {size - at} bytes behind the last tensor; this is not a plain .safetensors file"
         )
-    return metadata, places
+    return metadata, places, unusable
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int, str]:
+    """A tensor's description, where its data begins and ends, and what makes it unusable ("" if nothing does)."""
+
     def naturals(value: Any) -> bool:
         return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: {name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str):
         raise CheckpointError(f"{path}: {name} has the dtype {describe(dtype)}, which is not supported")
     if not naturals(shape) or not naturals(offsets) or len(offsets) != 2 or len(shape) > 16:
         raise CheckpointError(f"{path}: {name} has a shape or data_offsets that are no lists of whole numbers")
+    begin, end = offsets
+    if begin > end:
+        raise CheckpointError(f"{path}: {name} has {end - begin} bytes")
+    info = TensorInfo(dtype, tuple(shape))
+    if dtype not in DTYPES:
+        return info, begin, end, f"has the dtype {describe(dtype)}, which is not supported"
     if math.prod(max(n, 1) for n in shape) >= MAX_SHAPE:
-        raise CheckpointError(f"{path}: {name} has the shape {shape}, which is too large")
+        return info, begin, end, f"has the shape {shape}, which is too large"
     held = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != held:
-        raise CheckpointError(
-            f"{path}: {name} has {offsets[1] - offsets[0]} bytes; the shape {shape} in {dtype} needs {held}"
-        )
-    return TensorInfo(dtype, tuple(shape)), offsets[0], offsets[1]
+    if end - begin == held:
+        return info, begin, end, ""
+    return info, begin, end, f"has {end - begin} bytes; the shape {shape} in {dtype} needs {held}"

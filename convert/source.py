@@ -37,7 +37,10 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-"""Stored dtypes by their name in .safetensors files."""
+"""Stored dtypes that can be read, by their name in .safetensors files."""
+
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+"""The dtypes that parameters may be stored in."""
 
 MAX_TENSORS = 100_000
 MAX_DEPTH = 8  # of dicts within dicts
@@ -66,7 +69,7 @@ class CheckpointError(ValueError):
 
 
 class TensorInfo(NamedTuple):
-    """A stored tensor's dtype, a key of `DTYPES`, and shape."""
+    """A stored tensor's dtype, a key of `DTYPES` unless the tensor is unusable, and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,7 +81,9 @@ class Source:
 
     format: "ckpt", "ckpt-legacy" or "safetensors". tensors: in the file's order, names of nested dicts joined by dots.
     skipped: what is beside the tensors, name -> its type or short value. metadata: __metadata__ of a .safetensors file,
-    global_step of a .ckpt.
+    global_step of a .ckpt. unusable: tensors that cannot be read, and what is wrong with them, as "has the dtype ...";
+    which is no reason to refuse a file that nobody reads them from. begins: where in the file the numbers begin. files:
+    of what is in several files, which one holds a tensor.
 
     Use as a context manager. `read` may be called from several threads.
     """
@@ -90,14 +95,33 @@ class Source:
     close: Callable[[], None]
     skipped: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
+    begins: dict[str, int] = field(default_factory=dict)
+    files: dict[str, Source] = field(default_factory=dict)
+
+    def file_of(self, name: str) -> Source:
+        """The file that holds a tensor."""
+        return self.files.get(name, self)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as a new C-contiguous array, in the stored dtype.
 
         Raises:
-            KeyError: there is no such tensor. CheckpointError: the file got shorter. ValueError: it was closed.
+            KeyError: there is no such tensor. CheckpointError: it is unusable, or the file got shorter. ValueError: the
+            file was closed.
         """
+        if name in self.unusable:
+            raise CheckpointError(f"{self.path}: {name} {self.unusable[name]}")
         return self.reader(name)
+
+    def misfit(self, name: str, shape: tuple[int, ...], accepts: Callable[[tuple[int, ...]], bool]) -> str | None:
+        """Why a tensor cannot be the parameter of this shape; None if it can. accepts: which shapes it may have."""
+        info = self.tensors[name]
+        if name in self.unusable:
+            return self.unusable[name]
+        if not accepts(info.shape):
+            return f"expected {shape}, found {info.shape}"
+        return None if info.dtype in FLOATS else f"expected floating point, found {info.dtype}"
 
     def __enter__(self) -> Source:
         return self
@@ -120,7 +144,9 @@ def open_source(path: str | Path) -> Source:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        what = "a symbolic link to nothing" if path.is_symlink() else "no such file"
+        what = "no such file"
+        if path.is_symlink():
+            what = "a symbolic link to nothing; where it is in the hub's cache the download is not complete"
         raise FileNotFoundError(f"{path}: {what}") from None
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
@@ -133,14 +159,19 @@ def open_source(path: str | Path) -> Source:
         return safetensors_file.open_safetensors(path)
     if LEGACY_MAGIC in head[:32]:
         return legacy_file.open_legacy(path)
-    raise CheckpointError(f"{path}: {_what_it_is(head)}")
+    raise CheckpointError(f"{path}: {_what_else(head)}")
 
 
-def _what_it_is(head: bytes) -> str:
+def what_it_is(head: bytes) -> str | None:
+    """What a file is that begins like this, of `WHAT_IT_IS`."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for magic, what in WHAT_IT_IS:
-        if text.startswith(magic):
-            return what
+    return next((what for magic, what in WHAT_IT_IS if text.startswith(magic)), None)
+
+
+def _what_else(head: bytes) -> str:
+    what = what_it_is(head)
+    if what is not None:
+        return what
     if len(head) < 16:
         return f"only {len(head)} bytes; the download failed, get the file again"
     if head[257:262] == b"ustar":
@@ -190,7 +221,7 @@ def unwrap(
 
     def skip(name: str, value: Any) -> None:
         check_name(path, name)
-        skipped[name] = "tensor" if is_tensor(value) else describe(value)
+        skipped[name] = "tensor" if is_tensor(value) else describe(value)  # shown, so it must be short
 
     def flatten(entries: dict[Any, Any], prefix: str, depth: int) -> None:
         nonlocal visited
@@ -213,7 +244,8 @@ def unwrap(
 
     for _ in range(MAX_DEPTH):
         if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: holds {describe(state)} where a dict of tensors was expected")
+            held = f"a single tensor of shape {tuple(state.shape)}" if is_tensor(state) else _what(state)
+            raise CheckpointError(f"{path}: holds {held} where a dict of tensors was expected; this is no checkpoint")
         step = state.get("global_step")
         if type(step) is int and abs(step) < 2**63:
             metadata["global_step"] = str(step)
@@ -228,8 +260,14 @@ def unwrap(
         state = inner
     flatten(state, "", 1)
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors")
+        held = ", ".join(f"{name} ({what})" for name, what in list(skipped.items())[:3])
+        raise CheckpointError(f"{path}: holds no tensors" + (f", but {held}" if held else ""))
     return tensors, skipped, metadata
+
+
+def _what(value: Any) -> str:
+    sized = isinstance(value, list | tuple) and type(value) in (list, tuple)
+    return f"a {type(value).__name__} of {len(value)}" if sized else describe(value)
 
 
 def _key_text(key: Any) -> str:

@@ -30,6 +30,7 @@ class Tensor:
     dtype: str
     report: Report
     done: Callable[[int], None]  # told how many bytes were read
+    zeros: Zeros
     _held: dict[Path, np.ndarray] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.Lock)
 
@@ -52,8 +53,9 @@ class Tensor:
         finite = math.isfinite(_sum(array)) or bool(np.isfinite(array).all())
         if not finite:
             self.report.notes.append(f"{self.name} holds NaN or infinite values")
-        if array.ndim > 1 and not array.any():
+        if self.name in self.zeros.order and not array.any():
             self.report.notes.append(f"{self.name} is zero everywhere")
+            self.zeros.add(self.name)
         if array.dtype == target:
             return array
         with np.errstate(over="ignore"):
@@ -88,6 +90,53 @@ class Leaf:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.tensor.take(self.path).astype(dtype or self.dtype, copy=False)
+
+
+class Zeros:
+    """Finds the parts of a file that were never written: a broken download has its full size, and zeros in it.
+
+    One weight that is zero everywhere may be meant so, but no trained model has several one after another.
+    """
+
+    RUN = 4
+    END = 4096  # bytes
+
+    def __init__(self, source: Source, tensors: list[tuple[Entry, str]]) -> None:
+        weights = [(entry, name) for entry, name in tensors if not entry.name.endswith("bias")]
+        weights.sort(key=lambda weight: source.begins.get(weight[1], 0))
+        self.source = source
+        self.weights = weights
+        self.order = {name: at for at, (_, name) in enumerate(weights)}
+        self.found: set[int] = set()
+        self.lock = threading.Lock()
+
+    def check_end(self) -> None:
+        """Raises CheckpointError if the last weights of the file end in zeros."""
+        ends = []
+        for entry, name in self.weights[-2:]:
+            array = self.source.read(name).reshape(-1).view(np.uint8)
+            partly = entry.layout != "same" and not array[-self.END :].any()
+            ends.append("all" if not array.any() else "some" if partly else "none")
+        if ends and (ends[-1] == "some" or (ends[-1] == "all" and ends[0] != "none" and len(ends) == 2)):
+            raise CheckpointError(
+                f"{self.source.path}: the end of the file is filled with zeros; "
+                "the download is not complete, get it again"
+            )
+
+    def add(self, name: str) -> None:
+        """Takes note of a tensor that is zero everywhere; raises CheckpointError if there are several in a row."""
+        with self.lock:
+            self.found.add(at := self.order[name])
+            first = last = at
+            while first - 1 in self.found:
+                first -= 1
+            while last + 1 in self.found:
+                last += 1
+        if last - first + 1 >= self.RUN:
+            raise CheckpointError(
+                f"{self.source.path}: from {self.weights[first][1]} on a part of the file is filled with zeros; "
+                "the download is not complete, get it again"
+            )
 
 
 def _sum(array: np.ndarray) -> float:

@@ -39,7 +39,21 @@ TORCH_DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-"""torch's dtypes that we take -> theirs in `DTYPES`."""
+"""torch's dtypes that can be read -> theirs in `DTYPES`."""
+
+OTHER_DTYPES = {
+    *("complex32", "complex64", "complex128", "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+    *(
+        "bits1x8",
+        "bits2x4",
+        "bits4x2",
+        "bits8",
+        "bits16",
+        *(f"{sign}int{n}" for sign in ("", "u") for n in range(1, 8)),
+    ),
+}
+"""The other ones: a tensor of these is unusable, which does not matter where it is not needed."""
 
 STORAGES = {
     Global("torch", "DoubleStorage"): "F64",
@@ -55,15 +69,26 @@ STORAGES = {
     Global("torch.storage", "UntypedStorage"): "U8",
 }
 
+STORAGES |= {
+    Global("torch", f"{name}Storage"): dtype
+    for name, dtype in (
+        *(("ComplexFloat", "complex64"), ("ComplexDouble", "complex128"), ("QInt8", "qint8"), ("QUInt8", "quint8")),
+        *(("QInt32", "qint32"), ("QUInt4x2", "quint4x2"), ("QUInt2x4", "quint2x4")),
+    )
+}
+
 INERT = {
     *STORAGES,
+    *(Global("torch", name) for name in OTHER_DTYPES),
+    *(Global("torch", name) for name in ("per_tensor_affine", "per_channel_affine", "strided", "sparse_coo")),
+    *(Global("torch", name) for name in ("Generator", "contiguous_format", "channels_last", "preserve_format")),
+    Global("torch.serialization", "_get_layout"),
     *(Global("torch", name) for name in TORCH_DTYPES),
     Global("torch", "Tensor"),
     Global("torch", "device"),
     Global("torch.nn.parameter", "Parameter"),
     Global("torch.nn.modules.container", "ParameterDict"),
     Global("torch.torch_version", "TorchVersion"),
-    Global("torch._utils", "_rebuild_device_tensor_from_numpy"),
 }
 """Globals of torch that may be there and do nothing."""
 
@@ -74,6 +99,13 @@ class Storage(NamedTuple):
     key: str
     dtype: str
     numel: int
+
+
+class Odd(NamedTuple):
+    """A tensor that is no strided array, such as a sparse one: what it is."""
+
+    kind: str
+    shape: tuple[int, ...] = ()
 
 
 class View(NamedTuple):
@@ -110,10 +142,9 @@ def open_torch(path: Path) -> Source:
             state = load(pickle, CALLS, INERT, storage_of)
         except PickleError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        views, skipped, metadata = unwrap(state, path, lambda value: isinstance(value, View))
+        views, skipped, metadata = unwrap(state, path, lambda value: isinstance(value, View | Odd))
         size = os.fstat(file.fileno()).st_size
-        for name, view in views.items():
-            _check_view(path, name, view, storages, size)
+        wrong = {name: _problem(view, storages, size) for name, view in views.items()}
     except BaseException:
         file.close()
         raise
@@ -130,8 +161,14 @@ def open_torch(path: Path) -> Source:
         steps = [step * dtype.itemsize for step in view.stride]
         return np.lib.stride_tricks.as_strided(flat, view.shape, steps).copy()
 
-    tensors = {name: TensorInfo(view.dtype, view.shape) for name, view in views.items()}
-    return Source(path, "ckpt", tensors, read, file.close, skipped, metadata)
+    tensors = {
+        name: TensorInfo(view.kind if isinstance(view, Odd) else view.dtype, view.shape) for name, view in views.items()
+    }
+    unusable = {name: problem for name, problem in wrong.items() if problem}
+    begins = {
+        name: storages[view.storage.key].begin + view.offset for name, view in views.items() if name not in unusable
+    }
+    return Source(path, "ckpt", tensors, read, file.close, skipped, metadata, unusable, begins)
 
 
 def _open_archive(file: FileIO) -> tuple[dict[str, Record], bytes, bool]:
@@ -161,19 +198,25 @@ def _open_archive(file: FileIO) -> tuple[dict[str, Record], bytes, bool]:
     return storages, read_at(file, *pickle).tobytes(), value == b"big"
 
 
-def _check_view(path: Path, name: str, view: View, storages: dict[str, Record], file_size: int) -> None:
-    """Raises CheckpointError unless every number of the view lies in its storage."""
-    if view.storage.key not in storages:
-        raise CheckpointError(f"{path}: the data of {name} is missing; get the file again")
+def _problem(view: View | Odd, storages: dict[str, Record], file_size: int) -> str:
+    """What makes a tensor unusable; "" if every number of it lies in its storage."""
+    if isinstance(view, Odd):
+        return f"is {view.kind}, which is not supported"
+    storage = view.storage
+    if not {view.dtype, storage.dtype} <= set(DTYPES):
+        return f"has the dtype {storage.dtype if storage.dtype not in DTYPES else view.dtype}, which is not supported"
+    if storage.key not in storages:
+        return "has no data, which is missing in the file; get the file again"
     itemsize = DTYPES[view.dtype].itemsize
-    size = storages[view.storage.key].size
-    held = view.storage.numel * DTYPES[view.storage.dtype].itemsize
+    size = storages[storage.key].size
+    held = storage.numel * DTYPES[storage.dtype].itemsize
     if size != held:
-        raise CheckpointError(f"{path}: the data of {name} has {size} bytes and should have {held}; get the file again")
+        return f"has {size} bytes of data and should have {held}; get the file again"
     if (view.offset + view.span) * itemsize > held and view.numel:
-        raise CheckpointError(f"{path}: {name} reaches beyond its data (shape {view.shape}, stride {view.stride})")
+        return f"reaches beyond its data (shape {view.shape}, stride {view.stride})"
     if view.numel * itemsize > file_size or math.prod(max(n, 1) for n in view.shape) >= MAX_SHAPE:
-        raise CheckpointError(f"{path}: {name} has the shape {view.shape}, more than the whole file could hold")
+        return f"has the shape {view.shape}, more than the whole file could hold"
+    return ""
 
 
 def _naturals(value: Any) -> tuple[int, ...]:
@@ -198,7 +241,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> V
         raise ValueError("a tensor without a storage")
     dtype = storage.dtype
     if len(rest) > 2 and isinstance(rest[2], Global):
-        dtype = TORCH_DTYPES[rest[2].name]
+        name = rest[2].name
+        dtype = name if name in OTHER_DTYPES else TORCH_DTYPES[name]
     shape, stride, (offset,) = _naturals(shape), _naturals(stride), _naturals((offset,))
     if len(shape) != len(stride):
         raise ValueError("a tensor with fewer strides than sizes")
@@ -217,7 +261,18 @@ def _with_attributes(function: Any, _kind: Any, arguments: Any, _state: Any) -> 
     return CALLS[function](*arguments)
 
 
+def _odd(kind: str) -> Callable[..., Odd]:
+    return lambda *_: Odd(kind)
+
+
 CALLS: dict[Global, Callable[..., Any]] = {
+    Global("torch._utils", "_rebuild_qtensor"): _odd("a quantised tensor"),
+    Global("torch._utils", "_rebuild_sparse_tensor"): _odd("a sparse tensor"),
+    Global("torch._utils", "_rebuild_sparse_csr_tensor"): _odd("a sparse tensor"),
+    Global("torch._utils", "_rebuild_nested_tensor"): _odd("a nested tensor"),
+    Global("torch._utils", "_rebuild_meta_tensor_no_storage"): _odd("a tensor without numbers (meta)"),
+    Global("torch._utils", "_rebuild_wrapper_subclass"): _odd("a wrapped tensor"),
+    Global("torch._utils", "_rebuild_device_tensor_from_numpy"): _odd("a tensor in numpy's form"),
     Global("collections", "OrderedDict"): _ordered_dict,
     Global("torch", "Size"): lambda sizes: sizes,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 OPCODE_BOUND = 1_000_000  # a tensor takes some 45
 
-INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "omegaconf"}
+INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf"}
 """Packages whose objects lie beside the weights in real files; any class of theirs becomes a placeholder."""
 
 
@@ -56,7 +56,15 @@ INERT = {
     Global("numpy", "ndarray"),
     Global("_codecs", "encode"),
     Global("argparse", "Namespace"),
-    Global("collections", "defaultdict"),
+    *(Global("collections", name) for name in ("defaultdict", "Counter", "deque")),
+    *(Global("datetime", name) for name in ("datetime", "date", "timedelta", "timezone")),
+    *(Global("numpy.random._pickle", f"__{name}_ctor") for name in ("randomstate", "generator", "bit_generator")),
+    *(Global(f"numpy.random._{name.lower()}", name) for name in ("MT19937", "PCG64", "Philox")),
+    Global("types", "SimpleNamespace"),
+    Global("decimal", "Decimal"),
+    Global("uuid", "UUID"),
+    Global("copyreg", "_reconstructor"),
+    Global("copy_reg", "_reconstructor"),
     Global("typing", "Any"),
     Global("typing", "Union"),
 }

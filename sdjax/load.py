@@ -19,7 +19,6 @@ from typing import Any
 import jax
 
 import convert
-from convert import diffusers
 from sdjax import checkpoint
 from sdjax.config import ModelConfig, unusual
 from sdjax.models.params import count_parameters
@@ -147,9 +146,11 @@ def _identity(path: Path, given: dict[str, Any]) -> str:
 
 def _files(source: Path) -> list[Path]:
     """What of a model is read: of a diffusers folder the parts of Stable Diffusion alone."""
-    if source.is_dir() and diffusers.is_diffusers_folder(source):
-        parts = (*diffusers.FOLDERS.values(), "tokenizer", "scheduler")
-        return [source / "model_index.json", *(source / part for part in parts if (source / part).is_dir())]
+    from convert import diffusers
+
+    if (source / "model_index.json").is_file():
+        inside = (*diffusers.FOLDERS.values(), "unet_ema", "tokenizer", "scheduler")
+        return [source / "model_index.json", *(source / name for name in inside if (source / name).is_dir())]
     return [source]
 
 
@@ -159,9 +160,13 @@ def find(model: str | Path) -> Path:
     Raises:
         FileNotFoundError, ConnectionError: as `load`.
     """
+    from convert import hub
+
     path = Path(model).expanduser()
     if path.exists():
-        return path
+        return hub.snapshot(path)
+    if path.is_symlink():
+        raise FileNotFoundError(f"{path}: a symbolic link to nothing; the download may not be complete")
     name = SHORT_NAMES.get(str(model), str(model))
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not re.search(r"\.(ckpt|safetensors|pt|bin)$", name):
         return download(name)
@@ -229,19 +234,22 @@ def describe(path: Path, **conversion: Any) -> str:
 
 def needed_files(name: str, files: list[str]) -> list[str]:
     """Of the files of a hub model, those that converting it reads."""
+    from convert import diffusers
+
     if "model_index.json" not in files:
-        raise _NotADiffusersModel(f"{name}: no diffusers model on the hub (model_index.json is missing)")
+        whole = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
+        advice = f"; download {' or '.join(whole[:3])} of it, and give the file" if whole else ""
+        raise _NotADiffusersModel(f"{name}: no diffusers model on the hub (model_index.json is missing){advice}")
     needed = [file for file in files if file.rpartition("/")[2] in diffusers.JSON_FILES]
     needed += [f"tokenizer/{file}" for file in diffusers.TOKENIZER_FILES if f"tokenizer/{file}" in files]
     for part, folder in diffusers.FOLDERS.items():
         inside = [file.removeprefix(f"{folder}/") for file in files if file.startswith(f"{folder}/")]
-        weights = diffusers.weight_file(inside, part)
-        if weights is None:
+        weights = diffusers.weight_files(inside, part)
+        if not weights:
             raise _NotADiffusersModel(f"{name}: no weights for {folder} on the hub")
-        needed.append(f"{folder}/{weights}")
-        if weights.endswith(".json"):  # an index: its shards, named after it
-            stem, extension = weights.split(".")[0], weights.split(".")[1]
-            needed += [f"{folder}/{f}" for f in inside if f.startswith(f"{stem}") and f.endswith(f".{extension}")]
+        needed.append(f"{folder}/{weights[0]}")
+        if weights[0].endswith(".json"):
+            needed += [f"{folder}/{file}" for file in diffusers.shards_of(weights[0], inside)]
     return needed
 
 

@@ -388,10 +388,14 @@ def test_every_difference_is_named(tensors, tmp_path):
     assert read_file(tmp_path, kept, ignore=["stray.*"]).report.ignored == {"stray.x": "as asked"}
 
 
-def test_two_names_for_one_parameter_are_refused(tensors, tmp_path):
+def test_two_names_for_one_parameter_are_refused_unless_they_say_the_same(tensors, tmp_path):
     name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
-    with pytest.raises(CheckpointError, match="two names for one thing"):
-        read_file(tmp_path, tensors | {name.replace("text_model.", ""): tensors[name]})
+    other = name.replace("text_model.", "")
+    with pytest.raises(CheckpointError, match=f"two names for one thing, {name} and {other}; .*--ignore {other}"):
+        read_file(tmp_path, tensors | {other: tensors[name] + 1})
+    for more, options in (({other: tensors[name]}, {}), ({other: tensors[name] + 1}, {"ignore": [other]})):
+        converted = read_file(tmp_path, more | tensors, **options)
+        assert_same(converted.params, random_params(TINY))
 
 
 @pytest.mark.parametrize("options", [dict(ema="maybe"), dict(dtype="int8"), dict(prediction="x0")])
