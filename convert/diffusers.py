@@ -106,7 +106,7 @@ def shard_names(index: Path) -> dict[str, str]:
 
 
 def open_part(folder: Path, part: Part, stack: ExitStack, ignore: Sequence[str] = ()) -> tuple[Located, str]:
-    """The weights of one part in its own folder, and the name of the file taken. Closed with `stack`.
+    """The weights of one part in its own folder, and a note if they are not the usual file. Closed with `stack`.
 
     Raises:
         CheckpointError: no weights, or not those of this part.
@@ -138,8 +138,10 @@ def open_part(folder: Path, part: Part, stack: ExitStack, ignore: Sequence[str] 
             f"{folder / name}: not the weights of the {FOLDERS[part]}; this file holds {contents(source, parts)}"
         )
     plain = {stem + end for extension, stem in STEMS[part].items() for end in (extension, f"{extension}.index.json")}
-    left = "" if name in plain or len(names) == 1 else f" (a variant; not taken: {', '.join(names[1:4])})"
-    return parts[part], name + left
+    if name in plain:
+        return parts[part], ""
+    left = f"; not taken: {', '.join(names[1:4])}" if len(names) > 1 else ""
+    return parts[part], f"{folder.name}: read {name}, a variant{left}"
 
 
 def _few(names: Sequence[str]) -> str:
@@ -174,7 +176,7 @@ def check_folder(path: Path) -> None:
 def open_folder(
     folder: Path, stack: ExitStack, *, ema: str = "auto", without: Collection[Part] = (), ignore: Sequence[str] = ()
 ) -> tuple[ModelConfig, dict[Part, Located], list[str]]:
-    """A diffusers folder: its configuration, its parts, and notes on which files were taken.
+    """A diffusers folder: its configuration, its parts, and notes on what is unusual.
 
     ema: "yes" takes the UNet in unet_ema, where training scripts keep the moving averages; so does "auto" if there is
     no other. without: parts that are not wanted.
@@ -188,8 +190,10 @@ def open_folder(
             inside = averages
         if part in without or not inside.is_dir():
             continue
-        parts[part], name = open_part(inside, part, stack, ignore)
-        notes.append(f"{inside.name}: read {name}")
+        parts[part], note = open_part(inside, part, stack, ignore)
+        notes += [note] if note else []
+        if inside == averages and ema == "auto":
+            notes.append(f"{inside.name}: the moving averages were taken, there are no other weights")
     return config, parts, notes
 
 

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ BOX_FOLDER = Path(__file__).parent / "assets" / "box"
 
 CACHE_VERSION = "3"  # changes when converting the same file gives another result
 
-Progress = Callable[[int, int], None]
+NOTES = 20
+"""Most notes of one conversion that are passed on."""
 
+Progress = Callable[[int, int], None]
 
 CONVERSION: dict[str, Any] = {
     "vae": None,
@@ -91,20 +94,44 @@ def load(
     foreign = not checkpoint.is_checkpoint(path)
     if given and not foreign:
         raise ValueError(f"{path} is a whole checkpoint; {', '.join(given)} are for foreign files alone")
-    if foreign:
-        path = converted(path, progress=progress, on_config=on_config, **given)
-    elif on_config is not None:
-        on_config(checkpoint.read_config(path))
-    own = path / "tokenizer"
+    opened = partial(_opened, dtype=dtype, clean=clean, placement=placement)
+    if not foreign:
+        if on_config is not None:
+            on_config(checkpoint.read_config(path))
+        config, params, tokenizer = opened(path, on_shapes=on_shapes)
+    else:
+        kept = converted(path, progress=progress, on_config=on_config, **given)
+        try:
+            config, params, tokenizer = opened(kept, on_shapes=on_shapes)
+        except _OtherTokenizer:
+            raise
+        except (ValueError, OSError) as error:
+            warnings.warn(
+                f"what was kept of an earlier conversion is damaged; converting again ({error})", stacklevel=2
+            )
+            shutil.rmtree(kept, ignore_errors=True)
+            config, params, tokenizer = opened(converted(path, progress=progress, **given))
+    return Pipeline(config, params, tokenizer, config.name if model is None else str(model), placement)
+
+
+class _OtherTokenizer(ValueError):
+    """A tokenizer has more tokens than the model."""
+
+
+def _opened(
+    folder: Path, *, dtype: str, clean: str, placement: Placement, on_shapes: Any = None
+) -> tuple[ModelConfig, Params, Tokenizer]:
+    """A checkpoint of ours with its tokenizer, or CLIP's own. Raises ValueError or OSError if it is damaged."""
+    own = folder / "tokenizer"
     tokenizer = Tokenizer.from_folder(own, clean) if own.is_dir() else clip_tokenizer(clean)
-    vocabulary = checkpoint.read_config(path).clip.vocab_size
-    if max(tokenizer.start, tokenizer.end) >= vocabulary:
-        raise ValueError(
-            f"{path}: the tokenizer has tokens up to {max(tokenizer.start, tokenizer.end)} and the model {vocabulary}; "
+    last, vocabulary = max(tokenizer.start, tokenizer.end), checkpoint.read_config(folder).clip.vocab_size
+    if last >= vocabulary:
+        raise _OtherTokenizer(
+            f"{folder}: the tokenizer has tokens up to {last} and the model {vocabulary}; "
             "use the tokenizer that belongs to the model"
         )
-    config, params = checkpoint.restore(path, dtype=dtype, sharding=placement.sharding, on_shapes=on_shapes)
-    return Pipeline(config, params, tokenizer, config.name if model is None else str(model), placement)
+    config, params = checkpoint.restore(folder, dtype=dtype, sharding=placement.sharding, on_shapes=on_shapes)
+    return config, params, tokenizer
 
 
 def _given(conversion: dict[str, Any]) -> dict[str, Any]:
@@ -263,20 +290,34 @@ def converted(
     """The checkpoint of ours that a foreign model was converted to, now or at an earlier start.
 
     It is known by the content of the files and by `given` (see `load`); weights keep their stored dtype. Of several
-    processes one converts, and the others wait for it.
+    processes one converts, and the others wait for it. What is to know of the conversion is told as warnings.
     """
     name = re.sub(r"[^\w.-]", "_", path.resolve().name)[:60]
     target = cache_folder() / "converted" / f"{name}-{_identity(path, given)[:16]}"
-    there = checkpoint.is_checkpoint(target)
+    there = _kept_config(target)
     if on_config is not None:
-        on_config(checkpoint.read_config(target) if there else convert.configuration(path, **given))
-    if there:
+        on_config(there or convert.configuration(path, **given))
+    if there is not None:
         return target
     with _alone_in(target.parent):
-        if not checkpoint.is_checkpoint(target):
+        if _kept_config(target) is None:
             with convert.lazy(path, dtype="keep", progress=progress, **given) as result:
                 checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
+            notes = result.report.notes
+            for text in notes[:NOTES]:
+                warnings.warn(f"{path}: {text}", stacklevel=2)
+            if len(notes) > NOTES:
+                more = f"{len(notes) - NOTES} more notes; sdjax-convert lists them all in its report"
+                warnings.warn(f"{path}: {more}", stacklevel=2)
     return target
+
+
+def _kept_config(target: Path) -> ModelConfig | None:
+    """The configuration of a kept conversion; None if there is none, or not one that can be read."""
+    try:
+        return checkpoint.read_config(target) if checkpoint.is_checkpoint(target) else None
+    except (ValueError, OSError):
+        return None
 
 
 @contextmanager

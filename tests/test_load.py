@@ -3,10 +3,12 @@
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,9 +74,55 @@ def test_a_foreign_model_is_converted_once(folder, cache, monkeypatch):
         patch.setattr(convert, "lazy", fail)
         assert_tiny(load(folder))
         assert load(folder, dtype="bfloat16").params["unet"]["conv_in"]["bias"].dtype == "bfloat16"
-    os.utime(folder / "unet" / "config.json")
-    load(folder)
+        os.utime(folder / "unet" / "config.json")
+        assert_tiny(load(folder))
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_model_is_known_by_its_content_whatever_its_times_say(folder, cache, tmp_path):
+    """Also where a copy keeps size and time of change."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    times = file.stat()
+    assert_tiny(load(copy))
+    data = bytearray(file.read_bytes())
+    data[-4:] = np.float32(2.0).tobytes()
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(AssertionError):
+        assert_tiny(load(copy))
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["config.json", "params", "tokenizer/vocab.json"])
+def test_a_kept_conversion_that_is_damaged_is_made_anew(folder, cache, damage):
+    load(folder)
+    (kept,) = cache.iterdir()
+    for file in [kept / damage] if (kept / damage).is_file() else (kept / damage).rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert_tiny(load(folder))
+    assert damage == "config.json" or "an earlier conversion is damaged; converting again" in str(seen[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_tiny(load(folder))
+
+
+def test_what_is_to_know_of_a_conversion_is_told(cache, tmp_path):
+    params = random_params(TINY)
+    params["vae"]["quant_conv"]["bias"] = np.full_like(params["vae"]["quant_conv"]["bias"], np.nan)
+    write_safetensors(tmp_path / "m.safetensors", TINY, params)
+    with pytest.warns(UserWarning, match="quant_conv.bias holds NaN"):
+        load(tmp_path / "m.safetensors")
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder, monkeypatch):
+    monkeypatch.setenv("SDJAX_CACHE", "/proc/sdjax")
+    with pytest.warns(UserWarning, match="models are read whole"), pytest.raises(OSError, match="/proc/sdjax"):
+        load(folder)
 
 
 def test_of_several_processes_one_converts_and_clears_away_what_a_killed_one_left(folder, cache, monkeypatch):

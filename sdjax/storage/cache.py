@@ -110,4 +110,4 @@ def _remember(place: str, entry: list[Any]) -> None:
         with new_file(_index(), force=True) as temporary:
             temporary.write_text(json.dumps(kept | {place: entry}), "utf-8")
     except OSError as error:
-        warnings.warn(f"{_index()}: cannot be written ({error}); {place} is read at every start", stacklevel=2)
+        warnings.warn(f"{_index()}: cannot be written ({error}); models are read whole at every start", stacklevel=2)

@@ -11,7 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sdjax.cli.model import add_conversion, conversion_of
 from sdjax.config import BOX_VISION, PRESETS, CLIPVisionConfig
+from sdjax.hints import hint
 from sdjax.train.settings import Settings
 
 PARTS = {
@@ -49,6 +51,7 @@ def add_parser(commands: Any, console: Console) -> None:
         if part == "clip":
             add("--vision", choices=sorted(VISION), default="vit-l-14", help="the image encoder (vit-l-14)")
         _add_settings(command, part)
+        add_conversion(command, ema=False)
         command.set_defaults(run=lambda options: run(options, console), part=part)
 
 
@@ -58,26 +61,28 @@ def _add_settings(command: argparse.ArgumentParser, part: str) -> None:
     for field in dataclasses.fields(Settings):
         if part not in ONLY.get(field.name, (part,)):
             continue
-        flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
-        if hint is bool:
+        flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
+        if kind is bool:
             command.add_argument(flag, action="store_true")
-        elif typing.get_origin(hint) is typing.Literal:
-            command.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=f"({field.default})")
+        elif typing.get_origin(kind) is typing.Literal:
+            command.add_argument(flag, choices=typing.get_args(kind), default=field.default, help=f"({field.default})")
         else:
-            kind = int if hint is int else float
+            kind = int if kind is int else float
             shown = "off" if field.default is None else field.default
             command.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"({shown})")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """One training, from the options to the finished model."""
+    from sdjax.load import identity
     from sdjax.train.data import open_dataset
     from sdjax.train.loop import claim, train
     from sdjax.train.tasks import clip_task, unet_task, vae_task
 
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
-    part, out = options.part, Path(options.out)
+    part, out, conversion = options.part, Path(options.out), conversion_of(options, ema=False)
+    _check_start(options, conversion)
     data = open_dataset(options.data, captions=part != "vae", on_error="skip" if options.skip_bad else "refuse")
     for name, reason in data.skipped.items():
         console.print(f"sdjax: note: left out {name}: {reason}", markup=False)
@@ -88,8 +93,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "model": options.model or options.preset,
         "vision": getattr(options, "vision", None),
     }
+    if options.model is not None:
+        note |= {"conversion": conversion, "content": identity(options.model, **conversion)}
     claim(out, settings, note)
-    model = _start(options, settings)
+    model = _start(options, settings, conversion)
     cache = out / "cache"
     if part == "vae":
         task = vae_task(model, data, settings, cache)
@@ -111,26 +118,48 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _start(options: argparse.Namespace, settings: Settings) -> Any:
-    """The model that training starts from.
-
-    Raises:
-        ValueError: the tokenizer does not fit the preset, or comes with a whole model.
-    """
-    from sdjax.load import load
-    from sdjax.models.params import initial_params
-    from sdjax.pipeline import Pipeline
-    from sdjax.tokenizer import Tokenizer, clip_tokenizer
+def _check_start(options: argparse.Namespace, conversion: dict[str, Any]) -> None:
+    """Raises ValueError or OSError if the model to start from cannot be trained; it looks at headers alone."""
+    from sdjax.load import configuration
 
     if options.model is not None:
         if options.tokenizer is not None:
-            raise ValueError("--tokenizer goes with --preset; a model brings its own")
-        return load(options.model)
-    config = PRESETS[options.preset]
-    tokenizer = clip_tokenizer() if options.tokenizer is None else Tokenizer.from_folder(options.tokenizer)
-    if tokenizer.vocab_size != config.clip.vocab_size:
+            raise ValueError(
+                f"a tokenizer ({hint('tokenizer', options.tokenizer)}) goes with a preset ({hint('preset')}); "
+                "a model brings its own, leave the tokenizer out"
+            )
+        config = configuration(options.model, **conversion)
+    else:
+        if conversion:
+            raise ValueError(f"{', '.join(map(hint, conversion))}: for foreign files; a preset is started from nothing")
+        config = PRESETS[options.preset]
+        tokenizer = _tokenizer(options)
+        if tokenizer.vocab_size != config.clip.vocab_size:
+            raise ValueError(
+                f"the preset {config.name} has a vocabulary of {config.clip.vocab_size} tokens and the tokenizer "
+                f"{tokenizer.vocab_size}; give one of that size with {hint('tokenizer')}"
+            )
+    if options.part == "unet" and config.unet.in_channels != config.vae.latent_channels:
         raise ValueError(
-            f"the preset {config.name} has a vocabulary of {config.clip.vocab_size} tokens and the tokenizer "
-            f"{tokenizer.vocab_size}; give one of that size with --tokenizer"
+            f"{config.name}: its UNet has {config.unet.in_channels} input channels; training makes models with "
+            f"{config.vae.latent_channels}, start from one of these"
         )
-    return Pipeline(config, initial_params(config, settings.seed), tokenizer, config.name)
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    """The tokenizer that goes with a preset."""
+    from sdjax.tokenizer import Tokenizer, clip_tokenizer
+
+    return clip_tokenizer() if options.tokenizer is None else Tokenizer.from_folder(options.tokenizer)
+
+
+def _start(options: argparse.Namespace, settings: Settings, conversion: dict[str, Any]) -> Any:
+    """The model that training starts from (`_check_start`)."""
+    from sdjax.load import load
+    from sdjax.models.params import initial_params
+    from sdjax.pipeline import Pipeline
+
+    if options.model is not None:
+        return load(options.model, **conversion)
+    config = PRESETS[options.preset]
+    return Pipeline(config, initial_params(config, settings.seed), _tokenizer(options), config.name)

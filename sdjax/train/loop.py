@@ -136,6 +136,10 @@ def save_model(model: Pipeline, path: Path, *, one_file: bool = False) -> None:
         checkpoint.save(path, model.config, model.params, **options)  # type: ignore[arg-type]
 
 
+ADDED = ("conversion", "content")
+"""Entries of settings.json that older runs lack."""
+
+
 def claim(out: Path, settings: Settings, note: dict[str, Any] | None = None) -> None:
     """Makes `out` the folder of this run, by its settings.json, or checks that it is.
 
@@ -157,7 +161,7 @@ def claim(out: Path, settings: Settings, note: dict[str, Any] | None = None) -> 
         with new_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         return
-    found = json.loads(file.read_text())
+    found = {name: wanted[name] for name in ADDED if name in wanted} | json.loads(file.read_text())
     changed = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
     if changed:
         first = changed[0]
