@@ -7,6 +7,7 @@ networks of another model are compared with themselves in float32 on the CPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from importlib import resources
@@ -28,6 +29,7 @@ from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.pipeline import Pipeline
+from sdjax.target import pinned
 from sdjax.tokenizer import clip_tokenizer
 from sdjax.types import Array, Level, Params
 
@@ -129,7 +131,18 @@ def checks(params: Params) -> Iterator[Check]:
 
 
 def model_checks(pipeline: Pipeline) -> Iterator[Check]:
-    """A model's networks on this device in its dtype against float32 on the CPU."""
+    """A model's networks on this device in its dtype against float32 on the CPU.
+
+    Raises:
+        ValueError: JAX was told to leave the CPU out.
+    """
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:
+        asked = os.environ.get("JAX_PLATFORMS")
+        raise ValueError(
+            f"the CPU is needed to compare with, and JAX_PLATFORMS is {asked!r}; set it to {asked},cpu"
+        ) from None
     config, params = pipeline.config, pipeline.params
     dtype = str(jax.tree.leaves(params["unet"])[0].dtype)
     bound = BOUNDS[dtype]
@@ -137,13 +150,13 @@ def model_checks(pipeline: Pipeline) -> Iterator[Check]:
         bound = TF32_BOUND
     ids = pipeline.tokenizer(PROMPTS, config.clip.length, config.clip.pad_token)
     found = jax.device_get(networks(config, params, ids))
-    cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
         expected = networks(config, jax.device_put(cast(params, "float32"), cpu), ids)
     for name, output in found.items():
         yield Check(f"{pipeline.name}: {name}", relative_error(output, expected[name]), bound)
 
 
+@pinned
 def run(pipeline: Pipeline | None = None) -> bool:
     """Prints a table of all checks and returns whether all are within their bounds. pipeline: a model to check too."""
     device = jax.devices()[0]

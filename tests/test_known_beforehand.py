@@ -118,6 +118,26 @@ def test_a_model_that_cannot_run_the_task_is_refused(here, models, capsys, task,
     assert "8 input channels; text-to-image, image-to-image and inpainting are for models with 4 or 9" in line
 
 
+TRAININGS = [
+    (["unet", "--model", "{models}/eight"], "its UNet has 8 input channels; training makes models with 4"),
+    (["unet", "--model", "{models}/eight.safetensors"], "its UNet has 8 input channels"),
+    (["vae", "--model", "{models}/mini", "--tokenizer", "t"], "goes with a preset (--preset sd15)"),
+    (["clip", "--model", "absent.ckpt"], "absent.ckpt: no such file"),
+    (["clip", "--preset", "sd15", "--vae", "x.pt"], "--vae FILE: for foreign files"),
+    (["clip", "--preset", "tiny", "--tokenizer", "{models}/mini/tokenizer"], "give one of that size with --tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), TRAININGS)
+def test_a_training_that_cannot_start_is_refused_before_its_pictures_are_looked_at(
+    here, models, capsys, monkeypatch, arguments, says
+):
+    monkeypatch.setattr("sdjax.train.data.open_dataset", lambda *_, **__: pytest.fail("slow work was begun"))
+    part, *options = (argument.format(models=models) for argument in arguments)
+    assert says in refused(capsys, "train", part, "--data", here, "--out", "run", *options)
+    assert not Path("run").exists()
+
+
 def test_a_tokenizer_of_another_model_is_refused(here, models, capsys):
     shutil.copytree(models / "mini", "other")
     shutil.rmtree("other/tokenizer")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from sdjax.cli.model import conversion_of, load_model, progress_bars
 from sdjax.cli.terminal import note
@@ -92,9 +94,20 @@ def _shard_text(path: Path) -> str:
     return f"shard       {pictures} pictures\n{shown}"
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """What one of our small JSON files says. Raises ValueError, naming it, if it is damaged."""
+    try:
+        said = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, not the JSON that sdjax writes ({error})") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: damaged, expected a JSON object")
+    return said
+
+
 def _job_text(folder: Path) -> str:
     """What a job's folder says of the job and of how far it is."""
-    said = json.loads((folder / "job.json").read_text("utf-8"))
+    said = _object(folder / "job.json")
     lines = sum(1 for _ in open(folder / "jobs.jsonl", "rb")) if (folder / "jobs.jsonl").is_file() else 0  # noqa: SIM115
     made = sum(file.read_bytes().count(b"\n") for file in folder.glob("manifest*.jsonl"))
     failed = sum(file.read_bytes().count(b"\n") for file in folder.glob("failed*.jsonl"))
@@ -104,9 +117,10 @@ def _job_text(folder: Path) -> str:
 
 def _training_text(folder: Path) -> str:
     """What a training's folder says of its settings and of how far it is."""
-    said = json.loads((folder / "settings.json").read_text("utf-8"))
-    rows = (folder / "metrics.jsonl").read_text("utf-8").splitlines() if (folder / "metrics.jsonl").is_file() else []
-    done = json.loads(rows[-1])["step"] if rows else 0
+    said = _object(folder / "settings.json")
+    metrics = folder / "metrics.jsonl"
+    rows = re.findall(rb'^\{.*"step": (\d+).*\}$', metrics.read_bytes(), re.MULTILINE) if metrics.is_file() else []
+    done = int(rows[-1]) if rows else 0
     settings = ", ".join(f"{name} {value}" for name, value in said.items())
     return f"training    {done} of {said.get('steps')} updates\nsettings    {settings}\n"
 
@@ -116,6 +130,8 @@ def selftest(options: argparse.Namespace) -> int:
     from sdjax.selftest import run
 
     pipe = None
+    if options.model is None and (options.dtype != "float32" or conversion_of(options)):
+        raise ValueError("a dtype and options for foreign files go with a model, and none is given; name one")
     if options.model is not None:
         with progress_bars(options.model) as (on_convert, _):
             pipe = load_model(options, on_convert)

@@ -11,8 +11,9 @@ from sdjax.request import Request, check_request, check_settings, parse_size
 
 def warmup(options: argparse.Namespace) -> int:
     """Compiles every program for one size and number of pictures."""
+    import jax
+
     from sdjax.compilation import warm_up
-    from sdjax.storage.cache import programs_folder
 
     check_settings(count=options.count)
     size = (None, None) if options.size is None else parse_size(options.size)
@@ -28,5 +29,7 @@ def warmup(options: argparse.Namespace) -> int:
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         if value >= 0.1:
             print(f"{value:7.1f} s  {name}")
-    print(f"{sum(seconds.values()):7.1f} s  {len(seconds)} programs; kept in {programs_folder()}")
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    where = "not kept" if folder is None else f"kept in {folder}"
+    print(f"{sum(seconds.values()):7.1f} s  {len(seconds)} programs; {where}")
     return 0
