@@ -66,7 +66,7 @@ def test_damaged_files_of_ours_are_one_line(tmp_path, capsys, name, content):
 def test_a_shard_that_is_cut_short_is_shown_or_one_line(made, capsys, tmp_path, cut):
     whole = (made / "shards" / "shard-000000.tar").read_bytes()
     Path(tmp_path / "cut.tar").write_bytes(whole[:cut])
-    status, out, errors = info(capsys, tmp_path / "cut.tar")
+    status, _, errors = info(capsys, tmp_path / "cut.tar")
     assert (status, len(errors)) in ((0, 0), (2, 1))
     assert not any("fault of sdjax" in line for line in errors)
 
