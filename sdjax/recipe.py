@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import typing
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ KEY = "sdjax"
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """Kinds of picture files by their ending."""
 
+TASKS = ("txt2img", "img2img", "inpaint")
 QUALITY = 95  # of WebP and JPEG
 EXIF_FOLDER, DESCRIPTION, COMMENT = 0x8769, 0x010E, 0x9286
 COMMENT_CODE = b"UNICODE\0"  # EXIF 2.3, section 4.6.5: the code of the text that follows
@@ -58,7 +60,7 @@ ADDED = ("conversion", "environment")
 class Recipe:
     """What made one picture. Fields are the command line's options; image and mask are [path, sha256] or None."""
 
-    task: str  # txt2img, img2img or inpaint
+    task: str  # one of TASKS
     prompt: str
     negative_prompt: str
     model: str  # as it was given; "" is the model that comes without --model
@@ -101,12 +103,15 @@ class Recipe:
                 raise ValueError(f"{unknown[0]!r:.60} is no entry that is known ({made})")
             for name in ADDED:
                 data.setdefault(name, {})
-            for name in ("image", "mask"):
-                data[name] = None if data[name] is None else (str(data[name][0]), str(data[name][1]))
-            start, stop = data["guidance_interval"]
-            data["guidance_interval"] = (float(start), float(stop))
-            return Recipe(**data)
-        except (ValueError, TypeError, IndexError, KeyError, RecursionError) as error:
+            for name, kind in typing.get_type_hints(Recipe).items():
+                if not _fits(kind, data[name]):
+                    raise ValueError(f"{name} cannot be {data[name]!r:.60}")
+            for name, known in (("task", TASKS), ("sampler", OTHER_TOOLS)):
+                if data[name] not in known:
+                    raise ValueError(f"{data[name]!r:.60} is no {name}; there are {', '.join(known)}")
+            lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+            return Recipe(**(data | lists))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the recipe is damaged ({error})") from None
 
     def parameters(self) -> str:
@@ -130,6 +135,20 @@ class Recipe:
         settings["Version"] = f"sdjax {self.version}"
         lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
         return "\n".join(lines).encode("utf-8", "replace").decode()
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value, as JSON gives it, is of a field's type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in args:
+        return value is None or _fits(args[0], value)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(args) and all(map(_fits, args, value))
+    if origin is dict:
+        return isinstance(value, dict)
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return type(value) is kind
 
 
 IN_REQUEST = ("prompt", "negative_prompt", "seed", "noise", "clip_skip", *(set(SAMPLING) - {"strength"}))

@@ -254,7 +254,7 @@ def check_settings(
 
     def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        return number and bool(np.isfinite(value)) and low <= value <= high
+        return number and low <= value <= high and abs(value) <= np.finfo(np.float32).max
 
     good = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(text, str) for text in prompts)
     need(good, "prompt", "a string, or a list of at least one string", prompts)

@@ -109,3 +109,18 @@ def test_files_that_are_no_png_are_named(tmp_path):
         read_recipe(tmp_path / "x.png")
     with pytest.raises(FileNotFoundError):
         read_recipe(tmp_path / "absent.png")
+
+
+ODD = [None, True, -1, 0, 2**64, 10**400, 3.5, "", "x", [], [1], [None, None], ["x", "y"], {}, {"a": 1}]
+
+
+@given(st.dictionaries(st.sampled_from([field.name for field in dataclasses.fields(Recipe)]), st.sampled_from(ODD)))
+def test_entries_of_any_kind_are_taken_or_named(changes):
+    text = json.dumps(json.loads(RECIPE.to_json()) | changes)
+    try:
+        recipe = Recipe.from_json(text)
+    except ValueError as error:
+        assert any(repr(value)[:60] in str(error) or name in str(error) for name, value in changes.items())
+    else:
+        assert recipe.parameters()
+        assert json.loads(recipe.to_json()) == json.loads(text)
