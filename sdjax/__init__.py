@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-import types
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -56,11 +56,11 @@ HOMES = {
 __all__ = ["__version__", *HOMES]
 
 
-class _Package(types.ModuleType):
+class _Package(ModuleType):
     """`sdjax.load` is the function, also when the module of that name has been imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_load = name == "load" and isinstance(value, types.ModuleType)
+        is_load = name == "load" and isinstance(value, ModuleType)
         super().__setattr__(name, value.load if is_load else value)
 
 

@@ -44,6 +44,7 @@ def numerics() -> Iterator[None]:
         stack.enter_context(jax.enable_x64(False))
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(jax.transfer_guard("allow"))
         yield
 
 

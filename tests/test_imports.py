@@ -115,7 +115,8 @@ def test_pytorch_is_imported_by_the_legacy_reader_alone_and_only_when_it_runs():
 def test_importing_the_package_brings_in_no_pytorch():
     program = "import sys, sdjax.cli.run, sdjax.load, sdjax.selftest, convert.__main__; print(*sorted(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
+    command = [sys.executable, "-W", "error::ImportWarning", "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert "sdjax.pipeline" in run.stdout.split()
     assert not {name.split(".")[0] for name in run.stdout.split()} & set(ORACLES)

@@ -35,6 +35,7 @@ SETTINGS = {
     "JAX_ENABLE_X64": "1",
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_TRANSFER_GUARD": "disallow",
 }
 """What JAX reads from its environment and what changes numbers or random streams."""
 

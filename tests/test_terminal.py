@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,37 @@ def test_any_text_is_printed_in_any_encoding(text, encoding):
     stream.flush()
     expected = text.encode(encoding, "ignore")
     assert len(raw.getvalue()) >= len(expected)
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_what_is_printed_never_gets_into_a_file(closed, tmp_path):
+    """Started without a stream (`>&-`), the next file that is opened would get its number."""
+    code = f"""
+import sys
+from sdjax.cli import open_streams
+open_streams()
+file = open({str(tmp_path / "file")!r}, "w")
+assert file.fileno() > 2
+print("said")
+print("said", file=sys.stderr)
+sys.stdin.read()
+file.write("whole")
+file.close()
+"""
+    close = " ".join(f"{number}>&-" for number in closed)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CODE": code}
+    subprocess.run(f'"{sys.executable}" -c "$CODE" {close}', shell=True, env=environment, check=True)
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_warnings_are_notes_even_where_they_are_to_be_errors(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with steady_streams():
+            warnings.warn("odd", stacklevel=1)
+        with pytest.raises(UserWarning):
+            warnings.warn("odd again", stacklevel=1)
+    assert "sdjax: note: odd" in capsys.readouterr().err
 
 
 def test_streams_are_as_before_afterwards():

@@ -25,8 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(arguments)
 
 
+def open_streams() -> None:
+    """Opens those of input, output and errors that the process was started without (`>&-`), to and from nowhere.
+
+    Else the next file that is opened, such as a picture, would get their number, and what others print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def script() -> int:
     """What the installed command calls: `main`, with one line for Ctrl-C at any moment."""
+    open_streams()
     usual = signal.getsignal(signal.SIGINT)
     interruptible = usual is signal.default_int_handler  # not where a shell started this in the background
     if interruptible:

@@ -78,6 +78,9 @@ def steady_streams() -> Iterator[None]:
     sys.stdout, sys.stderr, sys.unraisablehook = Steady(out), Steady(err), again  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
+            filters = [entry for entry in warnings.filters if entry[0] != "error"]  # a note never ends the work
+            warnings.resetwarnings()
+            warnings.filters.extend(filters)  # type: ignore[attr-defined]
             warnings.showwarning = _show_warning
             yield
             sys.stdout.flush()
