@@ -40,6 +40,9 @@ UPRIGHT = {
 
 ORIENTATION = 0x0112
 
+LARGEST_SIDE = 16383
+"""Pixels; the most that a WebP picture can have."""
+
 
 def open_image(source: ImageLike) -> Image.Image:
     """A picture of any mode, upright by its EXIF orientation, decoded; of an animation, the first frame.
@@ -50,8 +53,6 @@ def open_image(source: ImageLike) -> Image.Image:
         FileNotFoundError: no such file. ValueError: not a picture, damaged, empty, or too many pixels.
         TypeError: neither a path nor a PIL image.
     """
-    if not isinstance(source, str | Path | Image.Image):
-        raise TypeError(f"expected a path or a PIL image, found {type(source).__name__}")
     name = "this picture" if isinstance(source, Image.Image) else source
     _refuse_missing(source)
     try:
@@ -69,6 +70,8 @@ def open_image(source: ImageLike) -> Image.Image:
 
 
 def _refuse_missing(source: ImageLike) -> None:
+    if not isinstance(source, str | Path | Image.Image):
+        raise TypeError(f"expected a path or a PIL image, found {type(source).__name__}")
     if not isinstance(source, Image.Image) and not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such picture file")
 
@@ -189,7 +192,7 @@ def _flat(image: Image.Image, backdrop: str) -> Image.Image:
 
 
 def content_hash(source: ImageLike) -> str:
-    """What a picture is known by: the sha256 of its file, or of its pixels. Raises OSError if it cannot be read."""
+    """What a picture is known by: the sha256 of its file, or of its pixels. Errors as `open_image`."""
     _refuse_missing(source)
     if not isinstance(source, Image.Image):
         with open(source, "rb") as file:
@@ -281,12 +284,14 @@ def working_size(
     Without `asked`: scaled down to `max_pixels` if larger, then each side to the nearest multiple.
 
     Raises:
-        ValueError: a side that was asked for is no positive multiple of `multiple`.
+        ValueError: a side that was asked for is no positive multiple of `multiple`, or longer than `LARGEST_SIDE`.
     """
     if asked is not None:
         width, height = asked
         if not all(isinstance(side, int | np.integer) for side in asked):
             raise ValueError(f"width and height must be whole numbers of pixels, found {width!r} and {height!r}")
+        if max(asked) > LARGEST_SIDE:
+            raise ValueError(f"a picture can be up to {LARGEST_SIDE} pixels wide and high, found {width}x{height}")
         if width < multiple or height < multiple or width % multiple or height % multiple:
             raise ValueError(
                 f"width and height must be multiples of {multiple}, found {width}x{height}; "

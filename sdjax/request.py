@@ -70,6 +70,9 @@ STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 """How much of a picture is changed when nothing is said."""
 
 
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
+
+
 def parse_size(text: Any) -> tuple[int, int]:
     """Width and height from a text such as "512x768".
 
@@ -254,7 +257,7 @@ def check_settings(
 
     def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        return number and low <= value <= high and abs(value) <= np.finfo(np.float32).max
+        return number and low <= value <= high and abs(value) <= LARGEST_NUMBER
 
     good = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(text, str) for text in prompts)
     need(good, "prompt", "a string, or a list of at least one string", prompts)

@@ -14,6 +14,7 @@ from convert.write import write_safetensors
 from sdjax import checkpoint, cli
 from sdjax.load import load
 from sdjax.models.params import random_params
+from sdjax.request import Request
 from tests.small import MINI, mini
 
 EIGHT = dataclasses.replace(MINI, name="eight", unet=dataclasses.replace(MINI.unet, in_channels=8))
@@ -95,6 +96,10 @@ REQUESTS = [
     (["txt2img", "x", "--steps", "1001"], "steps must be a whole number in [1, 1000]"),
     (["txt2img", "x", "--clip-skip", "9"], "skip must lie in [0, 1)"),
     (["txt2img", "x", "--size", "0x8"], "multiples of"),
+    (["txt2img", "x", "--size", "16384x8"], "up to 16383 pixels wide and high"),
+    (["txt2img", "x", "--guidance", "1e400"], "guidance must be a finite number"),
+    (["txt2img", "x", "--size", "16384x8"], "up to 16383 pixels wide and high"),
+    (["txt2img", "x", "--guidance", "1e400"], "guidance must be a finite number"),
     (["txt2img", "\udcff"], "bytes that are none"),
     (["img2img", "x", "broken.png"], "not a picture that can be read"),
     (["img2img", "x", "photo.png", "--size", "8x0"], "multiples of"),
@@ -186,3 +191,10 @@ def test_pictures_are_made_when_nothing_is_wrong(tmp_path, monkeypatch, models, 
     assert cli.main(["txt2img", "x", "--model", str(models / "mini"), "-o", "a.folder", "--steps", "1"]) == 0
     with Image.open("a.folder/x-0.png") as picture:
         assert np.asarray(picture).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("wrong", [dict(guidance=10**400), dict(image=5), dict(image=np.zeros((8, 8))), dict(mask=b"")])
+def test_values_of_any_kind_are_refused_in_python_too(wrong):
+    request = Request("x", **({"image": Image.new("RGB", (8, 8))} | wrong))
+    with pytest.raises((ValueError, TypeError), match="guidance must be a finite number|expected a path or a PIL"):
+        list(mini().batch([request]))
