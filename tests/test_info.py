@@ -41,6 +41,10 @@ def info(capsys, path):
         ("files/0000001.png", ["a red cat", '"prompt": "a red cat"']),
         ("shards", ["job         2 requests, 2 pictures made, 0 failed", "format webp"]),
         ("shards/shard-000000.tar", ["shard       2 pictures", '"prompt": "a red cat"']),
+        ("files/job.json", ["job         2 requests, 2 pictures made, 0 failed"]),
+        ("files/manifest.jsonl", ["manifest    2 pictures made", '"prompt": "a red cat"']),
+        ("files/jobs.jsonl", ["job         2 requests", '"prompt": "a red cat"']),
+        ("run/metrics.jsonl", ["training    3 lines of metrics", '"loss": 0.5']),
         ("run", ["training    4 of 7 updates", "part vae"]),
     ],
 )
@@ -53,10 +57,10 @@ def test_what_sdjax_writes_is_shown(made, capsys, path, says):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '"text"', "[" * 10000, "\0" * 100, '{"requests": ', "\ud800"], ids=repr
 )
-@pytest.mark.parametrize("name", ["job.json", "settings.json", "recipe.json"])
+@pytest.mark.parametrize("name", ["job.json", "settings.json", "recipe.json", "manifest.jsonl"])
 def test_damaged_files_of_ours_are_one_line(tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
-    status, out, errors = info(capsys, tmp_path / name if name == "recipe.json" else tmp_path)
+    status, out, errors = info(capsys, tmp_path / name if name in ("recipe.json", "manifest.jsonl") else tmp_path)
     assert (status, out, len(errors)) == (2, "", 1)
     assert "fault of sdjax" not in errors[0]
     assert name in errors[0]

@@ -18,6 +18,10 @@ def show_info(options: argparse.Namespace) -> int:
     path = Path(options.path).expanduser()
     if path.is_file() and _is_tar(path):
         print(_shard_text(path), end="")
+    elif path.is_file() and path.suffix.lower() == ".jsonl":
+        print(_lines_text(path), end="")
+    elif path.is_file() and path.name in ("job.json", "settings.json"):
+        print((_job_text if path.name == "job.json" else _training_text)(path.parent), end="")
     elif path.is_file() and path.suffix.lower() == ".json":
         print(_recipe_text(path), end="")
     elif path.is_file() and _is_picture(path):
@@ -103,6 +107,30 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise ValueError(f"{path}: damaged, expected a JSON object")
     return said
+
+
+LINES = {
+    "picture": ("manifest", "pictures made"),
+    "reason": ("left out", "lines or pictures that could not be made"),
+    "step": ("training", "lines of metrics"),
+    "prompt": ("job", "requests"),
+}
+"""What a line-by-line file of ours is, by an entry of its lines."""
+
+
+def _lines_text(path: Path) -> str:
+    """How many lines a manifest, a job or another .jsonl of ours has, and the first three."""
+    with open(path, "rb") as file:
+        lines = [text.decode("utf-8", "replace") for text in file if text.strip()]
+    try:
+        first = json.loads(lines[0]) if lines else {}
+    except (ValueError, RecursionError):
+        first = None
+    kind = next((LINES[name] for name in LINES if isinstance(first, dict) and name in first), None)
+    if kind is None:
+        expected = "a manifest, a job, its failed or rejected lines, or the metrics of a training"
+        raise ValueError(f"{path}: not one of the .jsonl files that sdjax writes; expected {expected}")
+    return f"{kind[0]:11} {len(lines)} {kind[1]}; the first:\n" + "".join(f"{line.rstrip()}\n" for line in lines[:3])
 
 
 def _job_text(folder: Path) -> str:
