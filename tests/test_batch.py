@@ -430,7 +430,7 @@ def test_processes_share_a_job_and_one_that_is_killed_may_come_back(tmp_path, pr
         (["--coordinator", "here", "--num-processes", "2", "--process-id", "0"], "HOST:PORT of process 0"),
         (["--coordinator", "h:99999", "--num-processes", "2", "--process-id", "0"], "HOST:PORT of process 0"),
         (["--distributed"], "the processes could not be joined"),
-        (["--devices", "9"], "--devices must be between 1 and the 4 of this machine"),
+        (["--devices", "9"], "devices must be between 1 and the 4 of this machine"),
         (["--devices", "3", "--split-params", "2"], "model must be a whole number that divides the 3 devices"),
     ],
 )

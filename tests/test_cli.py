@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from sdjax import checkpoint, cli
 from sdjax.config import BOX
 from sdjax.models.params import random_params
 from sdjax.recipe import read_recipe
+from tests.children import interruptible
 from tests.small import SMALL
 
 STEPS = ["--steps", "2"]
@@ -182,7 +182,7 @@ def test_interrupting_keeps_what_is_done(model, here):
         "p.Pipeline.text_to_image = once\n"
         f"sys.exit(c.main(['txt2img', 'x', '-o', 'out', '--model', {model!r}, '--steps', '1', '--count', '9']))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(interruptible("-c", code), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.stdout.readline() != "started\n":
         assert process.poll() is None
     process.send_signal(signal.SIGINT)

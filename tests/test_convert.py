@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -29,6 +28,7 @@ from sdjax.models.params import random_params
 from sdjax.tokenizer import clip_tokenizer
 from tests.checkpoint_files import write_ckpt
 from tests.checkpoint_files import write_safetensors as write_raw
+from tests.children import interruptible
 
 DATA = Path(__file__).parent / "data"
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
@@ -595,7 +595,7 @@ def test_interrupting_leaves_nothing(folder, tmp_path):
         "from convert.__main__ import main\n"
         f"sys.exit(main([{str(folder)!r}, {str(tmp_path / 'out.safetensors')!r}]))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(interruptible("-c", code), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == ".\n"
     assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
     process.send_signal(signal.SIGINT)

@@ -66,7 +66,7 @@ def test_a_model_from_a_foreign_file_is_tuned_and_drawn_with(here, model, capsys
 
 
 def test_a_preset_starts_from_nothing():
-    model = command._start(argparse.Namespace(model=None, preset="tiny", tokenizer=None), Settings(seed=1))
+    model = command._start(argparse.Namespace(model=None, preset="tiny", tokenizer=None), Settings(seed=1), {})
     assert model.config == TINY
     assert not np.asarray(model.params["unet"]["conv_out"]["kernel"]).any()
 
