@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,16 +55,27 @@ def open_image(source: ImageLike) -> Image.Image:
         FileNotFoundError: no such file. ValueError: not a picture, damaged, empty, or too many pixels.
         TypeError: neither a path nor a PIL image.
     """
-    name = "this picture" if isinstance(source, Image.Image) else source
     _refuse_missing(source)
+    if isinstance(source, Image.Image):
+        return _explained("this picture", lambda: _decoded(source))
+    return open_bytes(Path(source).read_bytes(), str(source))
+
+
+def open_bytes(data: bytes, name: str) -> Image.Image:
+    """The content of a picture's file as `open_image` gives it, and errors as there. name: for messages."""
+    return _explained(name, lambda: _opened(data))
+
+
+def _explained(name: str, decode: Callable[[], Image.Image]) -> Image.Image:
     try:
-        upright = _decoded(source) if isinstance(source, Image.Image) else _opened(Path(source).read_bytes())
+        upright = decode()
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}; shrink the picture first") from None
     except MemoryError:
         raise ValueError(f"{name}: too large for the memory of this machine; shrink the picture first") from None
     except Exception as error:  # Pillow raises almost anything on a damaged file
-        reason = " ".join(str(error).replace(repr(io.BytesIO), "").split()) or type(error).__name__
+        reason = re.sub(r"<_io.BytesIO object at \w+>", "", str(error))
+        reason = " ".join(reason.split()) or type(error).__name__
         raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
     if 0 in upright.size:
         raise ValueError(f"{name}: empty, there are no pixels ({upright.width}x{upright.height})")

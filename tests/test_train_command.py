@@ -61,6 +61,7 @@ def test_a_model_from_a_foreign_file_is_tuned_and_drawn_with(here, model, capsys
     assert Path("run/metrics.jsonl").read_text() == first
     assert cli.main(["txt2img", "picture number 1", "-o", "p.png", "--model", "run/model", "--steps", "1"]) == 0
     Path("data/broken.png").unlink()
+    Path("data/broken.txt").unlink()
     capsys.readouterr()
     assert "other settings (seed" in fails(capsys, *words[1:], "--seed", "3")
 

@@ -234,7 +234,7 @@ def test_many_broken_examples_are_counted_and_the_first_named(tmp_path):
         ({"metadata.csv": "file_name,caption\na.png,x\n"}, "no column text"),
         ({"metadata.csv": ""}, "no column file_name"),
         ({"metadata.csv": 'file_name,text\na.png,"x\nb.jpg,y\n'}, "in the row after line 1: unexpected end of data"),
-        ({"metadata.csv": b"file_name,text\na.png,\xff\n"}, r"metadata.csv: not UTF-8 text \(byte 21\)"),
+        ({"metadata.csv": b"file_name,text\na.png,\xff\n"}, r"metadata.csv line 2: the row: not UTF-8 text \(byte 0\)"),
         ({"metadata.csv": "", "metadata.jsonl": ""}, r"more than one kind of data set \(metadata.jsonl, metadata.csv"),
         ({"metadata.csv": "", "1.tar": ""}, "more than one kind of data set"),
         ({"1.tar": b"no archive" * 100}, "1.tar: not a folder, and not a .tar that can be read"),
@@ -299,9 +299,11 @@ def test_member_that_is_twice_in_a_shard_is_reported(tmp_path):
 def test_picture_that_breaks_later_is_named(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     noise.save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-1500])
     write(tmp_path, {"gone.png": PNG})
     found = data.open_dataset(tmp_path, captions=False)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-1500])
+    with pytest.raises(ValueError, match=r"1 broken of 2 examples: cut\.jpg: not a picture that can be read"):
+        data.open_dataset(tmp_path, captions=False)
     (tmp_path / "gone.png").unlink()
     with pytest.raises(ValueError, match=r"^cut\.jpg: not a picture that can be read \(.*truncated"):
         found.picture(0, 8)

@@ -22,6 +22,9 @@ PARTS = {
     "unet": "the UNet, by the prediction of noise; needs captions, and the other two parts trained",
 }
 VISION = {"small-64": BOX_VISION, "vit-l-14": CLIPVisionConfig()}
+NOTES = 20
+"""Most examples that are named of those that were left out."""
+
 ONLY = {  # settings that are not for every part
     "prompt_dropout": ("unet",),
     "min_snr": ("unet",),
@@ -83,15 +86,23 @@ def run(options: argparse.Namespace, console: Console) -> int:
     settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
     part, out, conversion = options.part, Path(options.out), conversion_of(options, ema=False)
     _check_start(options, conversion)
-    data = open_dataset(options.data, captions=part != "vae", on_error="skip" if options.skip_bad else "refuse")
-    for name, reason in data.skipped.items():
-        console.print(f"sdjax: note: left out {name}: {reason}", markup=False)
+    with _bars(console) as bars:
+        looking = bars.add_task("looking at pictures")
+        data = open_dataset(
+            options.data,
+            captions=part != "vae",
+            on_error="skip" if options.skip_bad else "refuse",
+            progress=lambda done, total: bars.update(looking, completed=done, total=total),
+        )
+    for line in _left_out(data):
+        console.print(f"sdjax: note: {line}", markup=False)
     note = {
         "part": part,
         "data": str(Path(options.data).resolve()),
         "examples": len(data),
         "model": options.model or options.preset,
         "vision": getattr(options, "vision", None),
+        "listing": data.listing,
     }
     if options.model is not None:
         note |= {"conversion": conversion, "content": identity(options.model, **conversion)}
@@ -105,8 +116,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     else:
         task = unet_task(model, data, settings, cache)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+    with _bars(console) as bars:
         bar = bars.add_task(f"training {part}", total=settings.steps)
 
         def progress(done: int, total: int, metrics: dict[str, float]) -> None:
@@ -116,6 +126,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
         train(task, settings, out, note=note, progress=progress)
     print(out / "model")
     return 0
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+
+
+def _left_out(data: Any) -> list[str]:
+    """What of a data set is not used, as lines to print, not more than a screen of them."""
+    lines = [f"left out {name}: {reason}" for name, reason in data.skipped.items()]
+    if len(lines) > NOTES:
+        lines[NOTES:] = [f"left out {len(lines) - NOTES} more"]
+    return lines + [f"passed over {count} {kind}" for kind, count in data.passed_over.items()]
 
 
 def _check_start(options: argparse.Namespace, conversion: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
     OUT/settings.json   what was asked for; the same command goes on, another one is refused
     OUT/state/          Orbax checkpoints of the whole `TrainState`, the last two
+    OUT/flushed.txt     the newest of them that is on the disk for certain, also after a power cut
     OUT/cache/          latents and text states (UNet)
     OUT/metrics.jsonl   a line every `LOG_EVERY` updates; OUT/loss.png draws it
     OUT/samples/        a sheet every `sample_every` updates
@@ -15,8 +16,11 @@ killed and started again gives bit for bit the parameters of one that was not.
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,8 @@ import optax
 
 from sdjax import checkpoint
 from sdjax.pipeline import Pipeline
-from sdjax.storage.files import new_file
+from sdjax.storage.files import flush, flush_tree, new_file
+from sdjax.target import pinned, seeded_keys
 from sdjax.tokenizer import clip_tokenizer
 from sdjax.train.data import prefetch
 from sdjax.train.plots import curves
@@ -45,6 +50,9 @@ from sdjax.train.step import (
 )
 from sdjax.train.tasks import Task
 
+FLUSHED = "flushed.txt"
+"""Says which checkpoint is on the disk for certain."""
+
 LOG_EVERY = 50
 """Updates between lines of metrics.jsonl; each is the mean over them."""
 
@@ -55,6 +63,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (updates done, updates in all, the last metrics)."""
 
 
+@pinned
 def train(
     task: Task,
     settings: Settings,
@@ -85,10 +94,14 @@ def train(
     placement = state_sharding(shapes, mesh, shard_params=settings.shard)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     frozen = jax.device_put(task.frozen, everywhere)
-    key = jax.device_put(jax.random.key(settings.seed), everywhere)
+    key = jax.device_put(seeded_keys(settings.seed), everywhere)
     run = jit_step(step if settings.scan == 1 else scanned(step), placement)
     rows = batch_sharding(mesh, scanned=settings.scan > 1)
 
+    flushed = _flushed(out)
+    for folder in (out / "state").glob("[0-9]*"):
+        if folder.name.isdecimal() and int(folder.name) > flushed:
+            shutil.rmtree(folder)  # a power cut may have left it in parts
     context, policy = ocp.Context(), ocp.training.preservation_policies.LatestN(2)
     context.array.saving.min_slice_bytes_for_replica_parallel = SLICE
     with ocp.training.Checkpointer(
@@ -112,6 +125,7 @@ def train(
                 if done % settings.save_every == 0 or done == settings.steps:
                     log.flush(done)
                     states.save(done, state)
+                    _flush(out, done)
                 if done % settings.sample_every == 0 or done == settings.steps:
                     (out / "samples").mkdir(exist_ok=True)
                     task.sheet(jax.device_get(state.ema)).save(out / "samples" / f"{done:07d}.png")
@@ -126,6 +140,22 @@ def train(
     return model
 
 
+def _flush(out: Path, step: int) -> None:
+    """Writes the checkpoint of `step` through to the disk, then that it is there."""
+    flush_tree(out / "state" / str(step))
+    flush(out / "state")
+    with new_file(out / FLUSHED, force=True) as temporary:
+        temporary.write_text(f"{step}\n")
+
+
+def _flushed(out: Path) -> float:
+    """The newest update whose checkpoint is on the disk for certain; infinity for a run that did not note it yet."""
+    try:
+        return int((out / FLUSHED).read_text())
+    except (OSError, ValueError):
+        return math.inf
+
+
 def save_model(model: Pipeline, path: Path, *, one_file: bool = False) -> None:
     """Writes our checkpoint (`checkpoint.save`), with the tokenizer if it is not CLIP's own; replaces an older one."""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +166,7 @@ def save_model(model: Pipeline, path: Path, *, one_file: bool = False) -> None:
         checkpoint.save(path, model.config, model.params, **options)  # type: ignore[arg-type]
 
 
-ADDED = ("conversion", "content")
+ADDED = ("conversion", "content", "listing")
 """Entries of settings.json that older runs lack."""
 
 
@@ -183,8 +213,7 @@ class _Log:
     def __init__(self, out: Path, done: int, rate: optax.Schedule) -> None:
         self.file, self.rate = out / "metrics.jsonl", rate
         self.window: list[Any] = []
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.rows = [row for row in map(json.loads, _whole(lines)) if row["step"] <= done]
+        self.rows = [row for row in _rows(self.file) if row["step"] <= done]
         with new_file(self.file, force=True) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.last: dict[str, float] = self.rows[-1] if self.rows else {}
@@ -210,6 +239,8 @@ class _Log:
         self.rows.append(self.last)
         with self.file.open("a") as file:
             file.write(json.dumps(self.last) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def plot(self) -> None:
         if self.rows:
@@ -220,6 +251,15 @@ class _Log:
             )
 
 
-def _whole(lines: list[str]) -> list[str]:
-    """Without a last line that a kill cut short."""
-    return lines[:-1] if lines and not lines[-1].endswith("}") else lines
+def _rows(file: Path) -> Iterator[dict[str, float]]:
+    """The lines of a metrics.jsonl, up to one that a kill or a power cut left in parts."""
+    if not file.exists():
+        return
+    for line in file.read_text("utf-8", "replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield row

@@ -29,6 +29,7 @@ from sdjax.models.params import initial_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE, Posterior
 from sdjax.pipeline import Pipeline
+from sdjax.target import pinned, seeded_keys
 from sdjax.tokenizer import Tokenizer
 from sdjax.train.data import Dataset, cached, caption, fingerprint, order
 from sdjax.train.losses import Metrics, contrastive_loss, diffusion_loss, drop_prompts, unit, vae_loss
@@ -62,6 +63,7 @@ class Task:
     beside: Callable[[Params], Params] | None = None
 
 
+@pinned
 def vae_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -> Task:
     """The autoencoder by the evidence lower bound, on pictures at the model's own size. Captions are not needed."""
     config, vae = model.config, VAE(model.config.vae)
@@ -93,6 +95,7 @@ def vae_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) ->
     )
 
 
+@pinned
 def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings: Settings, cache: Path) -> Task:
     """The text encoder by contrast with pictures (Radford et al. 2021), an image encoder of `vision` beside it.
 
@@ -144,7 +147,7 @@ def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings
         return sheet(pictures, columns, labels)
 
     picture = jnp.zeros((1, vision.image_size, vision.image_size, 3))
-    tower = jax.jit(image.init)(jax.random.key(settings.seed), picture)["params"]
+    tower = jax.jit(image.init)(seeded_keys(settings.seed), picture)["params"]
     return Task(
         params={"text": text_params, "image": tower},
         frozen={},
@@ -156,6 +159,7 @@ def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings
     )
 
 
+@pinned
 def unet_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -> Task:
     """The UNet by the prediction of the noise (or velocity), prompts dropped at times (Rombach et al. 2022, eq. 3).
 
