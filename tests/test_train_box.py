@@ -14,19 +14,21 @@ from sdjax.checkpoint import read_tensors
 from sdjax.models.clip import ImageEncoder
 from sdjax.train.settings import Settings
 from tests.small import MINI
-from tests.test_train_loop import VISION, write_pictures
+from tests.test_train_loop import VISION, enable_cache, write_pictures
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = Settings(steps=4, batch=4, warmup=1, decay=2, save_every=2, sample_every=4)
 
 
 @pytest.fixture
-def examples(monkeypatch):
+def examples(monkeypatch, tmp_path_factory):
+    """The two scripts; what they compile is kept for the second time."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     train_box = importlib.import_module("train_box")
     monkeypatch.setattr(train_box, "BOX", dataclasses.replace(MINI, name="box"))
     monkeypatch.setattr(train_box, "BOX_VISION", VISION)
-    return train_box, importlib.import_module("box_sheets")
+    with enable_cache(tmp_path_factory.mktemp("programs")):
+        yield train_box, importlib.import_module("box_sheets")
 
 
 def test_all_three_parts_are_trained_into_a_model_that_draws(examples, tmp_path, capsys):

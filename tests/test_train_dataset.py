@@ -70,9 +70,9 @@ def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, suffix):
     write(tmp_path, GOOD | {f"a{suffix}": JPEG, "a.txt": "a", f"sub/b{suffix}": JPEG, "sub/b.txt": "b"})
     names, skipped, passed_over = opened(tmp_path)
     assert names == ["good.png"]
-    assert skipped[f"*{suffix.lower()}"].startswith(f"2 pictures of a kind that is not read, such as a{suffix}; save")
+    assert skipped[f"*{suffix.lower()}"].startswith(f"2 of a kind of picture that is not read, such as a{suffix}; save")
     assert passed_over == {}
-    with pytest.raises(ValueError, match="of a kind that is not read"):
+    with pytest.raises(ValueError, match="of a kind of picture that is not read"):
         data.open_dataset(tmp_path)
 
 

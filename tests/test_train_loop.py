@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -315,6 +315,71 @@ def test_finished_run_started_again_does_nothing_but_write_the_model(tmp_path):
     train(toy(), toy_settings(), tmp_path / "run", progress=lambda *arguments: calls.append(arguments))
     assert calls == []
     assert_equal(result(tmp_path / "run"), before)
+
+
+def test_what_is_set_around_a_training_changes_no_bit_of_it(pictures, tmp_path):
+    """The generator and its settings, double precision, and rules of promotion."""
+    train(toy(), toy_settings(), tmp_path / "usual")
+    tower = clip_task(mini(), VISION, open_dataset(pictures), SETTINGS, tmp_path).params["image"]
+    contexts = (
+        *(jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), jax.enable_x64(True)),
+        *(jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")),
+    )
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        train(toy(), toy_settings(), tmp_path / "other")
+        again = clip_task(mini(), VISION, open_dataset(pictures), SETTINGS, tmp_path).params["image"]
+    assert_equal(result(tmp_path / "other"), result(tmp_path / "usual"))
+    assert_equal(again, tower)
+
+
+def test_a_checkpoint_that_a_power_cut_left_in_parts_is_made_again(tmp_path):
+    """What was not noted as flushed is not trusted, whatever it looks like; nor is a line of metrics in parts."""
+    train(toy(), toy_settings(), tmp_path / "whole")
+    train(toy(), toy_settings(), tmp_path / "run")
+    (tmp_path / "run" / "flushed.txt").write_text("8\n")
+    for file in (tmp_path / "run" / "state" / "12").rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 12, "lo' + bytes(100) + b"\n[]\n")
+    calls = []
+    train(toy(), toy_settings(), tmp_path / "run", progress=lambda done, *_: calls.append(done))
+    assert calls == [9, 10, 11, 12]
+    for file in ("beside.safetensors", "metrics.jsonl", "flushed.txt"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_checkpoint_is_flushed_before_it_is_counted(tmp_path, monkeypatch):
+    """Every file of it, then its folder, then the note that it is there."""
+    order = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (order.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    train(toy(), toy_settings(), tmp_path / "run")
+    state = tmp_path / "run" / "state" / "12"
+    notes = [i for i, path in enumerate(order) if ".flushed.txt" in path]
+    assert len(notes) == 3
+    for path in (*(file for file in state.rglob("*")), state, state.parent):
+        assert any(order[i] == str(path) for i in range(notes[-2], notes[-1])), path
+
+
+def test_damaged_settings_are_named(tmp_path):
+    claim(tmp_path / "run", toy_settings())
+    for content in ("", "[", "5", "\0" * 50):
+        (tmp_path / "run" / "settings.json").write_text(content)
+        with pytest.raises(ValueError, match=r"settings\.json: damaged .*; name a new folder"):
+            claim(tmp_path / "run", toy_settings())
+
+
+def test_runs_of_before_go_on(tmp_path):
+    claim(tmp_path / "run", toy_settings(), {"data": "here"})
+    claim(tmp_path / "run", toy_settings(), {"data": "here", "listing": "5", "conversion": {}, "content": "6"})
+    claim(tmp_path / "new", toy_settings(), {"data": "here", "listing": "5"})
+    with pytest.raises(ValueError, match="listing was '5', now '6'"):
+        claim(tmp_path / "new", toy_settings(), {"data": "here", "listing": "6"})
 
 
 def test_other_settings_and_notes_are_refused_by_name(tmp_path):

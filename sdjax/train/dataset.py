@@ -133,8 +133,8 @@ class _Found:
     def all_skipped(self) -> dict[str, str]:
         """Everything that was left out; pictures of one unread kind in one entry."""
         many = {
-            f"*{suffix}": f"{len(names)} pictures of a kind that is not read, such as {names[0]}; "
-            f"save them as {', '.join(PICTURES)}"
+            f"*{suffix}": f"{len(names)} of a kind of picture that is not read, such as {names[0]}; "
+            f"save as {', '.join(PICTURES)}"
             for suffix, names in self.unread.items()
         }
         return self.skipped | many

@@ -191,7 +191,10 @@ def claim(out: Path, settings: Settings, note: dict[str, Any] | None = None) -> 
         with new_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         return
-    found = {name: wanted[name] for name in ADDED if name in wanted} | json.loads(file.read_text())
+    try:
+        found = {name: wanted[name] for name in ADDED if name in wanted} | json.loads(file.read_text("utf-8"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); name a new folder") from None
     changed = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
     if changed:
         first = changed[0]
