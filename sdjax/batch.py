@@ -21,6 +21,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,12 +36,15 @@ import numpy as np
 
 from sdjax.hints import hint
 from sdjax.hosts import ALONE, Share
-from sdjax.job_file import Job, Rejected, from_json, read_lines, to_json
+from sdjax.job_file import SHOWN, Job, Line, Rejected, from_json, read_lines, to_json
 from sdjax.outputs import Files, Manifest, Shards, append
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import Recipe, encoded, file_hash, recipe_of
 from sdjax.request import BATCH, Request
-from sdjax.storage.files import new_file
+from sdjax.storage.files import flush, json_line, move, new_file, refuse_unwritable
+
+OWN_FILES = ("jobs.jsonl", "manifest.jsonl", "failed.jsonl", "rejected.jsonl", "job.json")
+"""What a job writes besides its pictures."""
 
 LATE = 60.0
 """Seconds by which processes of one job may start apart."""
@@ -57,8 +61,32 @@ class Summary(NamedTuple):
     failed: int
 
 
+def check_output(out: Path, jobs: Path | None) -> None:
+    """Looks whether a job can be done in a folder, as far as that shows beforehand. jobs: its file, if it has one.
+
+    Raises:
+        ValueError, OSError: it cannot be made or written, or the job file is one that the job will write.
+    """
+    if "\0" in str(out):
+        raise ValueError(f"{str(out)!r}: a zero byte, which no name of a folder can have")
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out}: a link to nothing; choose another folder")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        made = "it" if there == out else str(out)
+        raise ValueError(f"{there}: is there and is no folder, so {made} cannot be one; choose another name")
+    refuse_unwritable(there)
+    longest = os.pathconf(there, "PC_NAME_MAX")
+    for name in out.parts:
+        if (length := len(os.fsencode(name))) > longest:
+            raise ValueError(f"{name[:60]}...: a name of {length} bytes; at most {longest} are possible")
+    for own in (out / name for name in OWN_FILES):
+        if jobs is not None and own.exists() and own.samefile(jobs):
+            raise ValueError(f"{jobs}: is what {out} keeps of its job; copy it to another place to do it again")
+
+
 def prepare(
-    source: IO[str],
+    source: IO[bytes] | IO[str],
     kind: str,
     out: Path,
     settings: dict[str, Any],
@@ -66,50 +94,93 @@ def prepare(
     *,
     skip_bad: bool,
     share: Share = ALONE,
+    check: Callable[[Request], object] | None = None,
 ) -> list[Rejected]:
     """Reads and checks a whole job file into OUT/jobs.jsonl, and returns the lines that are no requests.
 
     settings: what else the pictures depend on (model, dtype, file format); a folder is for one job and one of these.
-    share: of several processes each does this for itself, and comes to the same file.
+    share: of several processes each does this for itself, and comes to the same file. check: raises ValueError for a
+    request that the model cannot make.
 
     Raises:
-        ValueError: `out` holds another job, or, without `skip_bad`, there are lines that are no requests.
+        ValueError: `out` holds another job or other files of these names, or, without `skip_bad`, there are lines that
+        are no requests, or there is nothing else.
     """
-    partial, claim = out / f".jobs{share.tag}.jsonl.partial", out / "job.json"
+    partial, bad = (out / f".{name}{share.tag}.jsonl.partial" for name in ("jobs", "rejected"))
+    claim = out / "job.json"
     rejected: list[Rejected] = []
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
+    named = getattr(source, "name", None)
+    name = named if isinstance(named, str) else "the job"
     try:
-        with open(partial, "wb") as file:
-            for line in read_lines(source, kind, defaults):
+        with open(partial, "wb") as file, open(bad, "wb") as bad_file:
+            ignores_case = (out / partial.name.upper()).exists()
+            for line in _named(name, read_lines(source, kind, defaults, check, ignores_case=ignores_case)):
                 if isinstance(line, Rejected):
-                    rejected.append(line)
+                    bad_file.write(json_line(line._asdict()))
+                    rejected.append(line._replace(text=line.text[:SHOWN]))
                     continue
-                text = (to_json(line) + "\n").encode()
+                text = to_json(line)
                 digest.update(text)
-                file.write(text)
-        if rejected and not skip_bad:
-            shown = "; ".join(f"line {line.number}: {line.reason}" for line in rejected[:5])
-            more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-            raise ValueError(
-                f"{len(rejected)} lines are no requests ({hint('skip_bad')} goes on without them): {shown}{more}"
-            )
-        if not partial.stat().st_size:
-            raise ValueError("there is no request in this job")
-        found = {"requests": digest.hexdigest(), **settings}
-        if claim.exists() and json.loads(claim.read_text()) != found:
-            raise ValueError(f"{out} holds another job, or this one with other settings; give it a folder of its own")
-        with new_file(claim, force=True) as temporary:
-            temporary.write_text(json.dumps(found))
-        partial.replace(out / "jobs.jsonl")
+                size += file.write(text)
+        if rejected and not (skip_bad and size):
+            reasons = shown([f"line {line.number}: {line.reason}" for line in rejected], 20 if skip_bad else 5)
+            advice = "" if skip_bad else f" ({hint('skip_bad')} goes on without them)"
+            nothing = "" if size else "; there is no request in this job"
+            raise ValueError(f"{name}: {len(rejected)} lines are no requests{advice}{nothing}: {'; '.join(reasons)}")
+        if not size:
+            raise ValueError(f"{name}: there is no request in this job; the file has no line that says anything")
+        _claim(claim, {"requests": digest.hexdigest(), **settings})
+        move(partial, out / "jobs.jsonl")
+        if rejected:
+            move(bad, out / "rejected.jsonl")
+        else:
+            (out / "rejected.jsonl").unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
-    if rejected:
-        with new_file(out / "rejected.jsonl", force=True) as temporary:
-            lines = [json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in rejected]
-            temporary.write_text("".join(lines), "utf-8")
-    else:
-        (out / "rejected.jsonl").unlink(missing_ok=True)
+        bad.unlink(missing_ok=True)
     return rejected
+
+
+def _named(name: str, lines: Iterator[Line | Rejected]) -> Iterator[Line | Rejected]:
+    """The lines; an error of the whole file names it."""
+    try:
+        yield from lines
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def shown(lines: list[str], most: int, where: str = "") -> list[str]:
+    """The first of many lines, and how many more there are, where."""
+    more = len(lines) - most
+    return lines if more <= 0 else [*lines[:most], f"and {more:,} more{where}"]
+
+
+def _claim(claim: Path, job: dict[str, Any]) -> None:
+    """Takes a folder for a job, by a job.json that says which. Raises ValueError if it is taken."""
+    out = claim.parent
+    if not claim.exists():
+        if there := [name for name in OWN_FILES if (out / name).exists()]:
+            raise ValueError(f"{out / there[0]}: is there, and of no job of sdjax (job.json is missing); move it away")
+        was = job
+    else:
+        try:
+            was = json.loads(claim.read_bytes())
+            if not isinstance(was, dict):
+                raise ValueError("no object in it")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{claim}: damaged ({error}); if {out} holds this very job, remove this file to go on"
+            ) from None
+    ignored = () if "content" in was else ("content", "conversion")  # as earlier versions left them out
+    names = [name for name in {**was, **job} if name not in ignored and was.get(name) != job.get(name)]
+    if names:
+        listed = ", ".join(f"{name} {was.get(name)} there, {job.get(name)} here" for name in names[:4])
+        raise ValueError(
+            f"{out} holds another job, or this one with other settings ({listed}); give it a folder of its own"
+        )
+    with new_file(claim, force=True) as temporary:
+        temporary.write_text(json.dumps(job))
 
 
 def first_request(out: Path) -> Request:
@@ -127,6 +198,7 @@ def at_work(out: Path, share: Share = ALONE) -> Iterator[None]:
         ValueError: another process is at work on this share.
     """
     out.mkdir(parents=True, exist_ok=True)
+    flush(out.parent)
     with open(out / f".lock{share.tag}", "w") as own, open(out / ".at-work", "w") as common:
         try:
             fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,6 +228,20 @@ def _wait_for(lock: Path, start: float) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
 
 
+def _hashed(picture: Any) -> tuple[str, str] | None:
+    """An input picture's path and sha256, for the recipe."""
+    if picture is None:
+        return None
+    found = os.stat(picture)
+    return str(picture), _hash(str(picture), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hash(path: str, *_: int) -> str:
+    """A file's sha256, remembered as long as the file system says that it is the same."""
+    return file_hash(path)
+
+
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
 
@@ -166,6 +252,7 @@ def run(
     *,
     model: str,
     dtype: str,
+    conversion: dict[str, Any] | None = None,
     batch: int = BATCH,
     suffix: str = ".png",
     shards: bool = False,
@@ -176,8 +263,8 @@ def run(
     """Makes all pictures of OUT/jobs.jsonl (`prepare`) that are not in OUT/manifest.jsonl, or a share of them, inside
     `at_work`.
 
-    model, dtype: as they shall stand in the recipes. report: called with (id, reason) for what could not be made; the
-    others are made. Pictures are encoded in threads while the device makes the next ones.
+    model, dtype, conversion: as they shall stand in the recipes. report: called with (id, reason) for what could not be
+    made; the others are made. Pictures are encoded in threads while the device makes the next ones.
     """
     with (
         Job(out / "jobs.jsonl", pipe.config.sampling) as job,
@@ -210,7 +297,7 @@ def run(
                 report(request.id, reason)
             entry = {"id": request.id, "line": number, "seed": request.seed, "reason": reason}
             with suppress(OSError):  # a full disk; it was reported
-                append(failures, (json.dumps(entry, ensure_ascii=False) + "\n").encode())
+                append(failures, json_line(entry))
 
         def write(request: Request, recipe: Recipe, data: Future[bytes]) -> None:
             nonlocal made
@@ -227,11 +314,11 @@ def run(
                 progress(before + made, total)
 
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
-        hashed = lru_cache(maxsize=256)(lambda path: None if path is None else (str(path), file_hash(path)))
         try:
             for request, picture in pipe.batch(requests(), batch=batch, on_error=fail):
-                files: dict[str, Any] = dict(image=hashed(request.image), mask=hashed(request.mask))
-                recipe = recipe_of(request, pipe.config.sampling, picture, model=model, dtype=dtype, **files)
+                said: dict[str, Any] = dict(image=_hashed(request.image), mask=_hashed(request.mask))
+                said |= dict(model=model, dtype=dtype, conversion=conversion)
+                recipe = recipe_of(request, pipe.config.sampling, picture, **said)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))
                 while encoding and (encoding[0][2].done() or len(encoding) > ENCODING):
                     write(*encoding.popleft())

@@ -1,16 +1,19 @@
 """Job files: what a line may say, and the lines of a job by number.
 
-A job comes as .jsonl, .csv or .txt (`read_lines`), and is kept as .jsonl (`to_json`, `Job`).
+A job comes as .jsonl, .csv, .tsv or .txt (`read_lines`, in the forms of `sdjax.jobs.forms`), and is kept as .jsonl
+(`to_json`, `Job`).
 """
 
 from __future__ import annotations
 
-import csv
+import bisect
 import dataclasses
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +24,16 @@ from PIL import Image
 
 from sdjax.config import SamplingConfig
 from sdjax.hosts import Share
+from sdjax.image import LARGEST_SIDE
+from sdjax.jobs.forms import FIELDS, TEXTS, called, entries
 from sdjax.request import Request, check_settings, filled_in, parse_size, row_bound
+from sdjax.storage.files import json_line
 
-NUMBERS: dict[str, type] = {
-    **dict.fromkeys(("seed", "count", "steps", "clip_skip", "width", "height"), int),
-    **dict.fromkeys(("guidance", "guidance_rescale", "eta", "strength"), float),
-}
-TEXTS = ("id", "prompt", "negative_prompt", "sampler", "spacing", "size", "init_image", "mask", "noise")
-FIELDS = (*TEXTS, *NUMBERS, "guidance_interval")
-"""What a line may say."""
+LINE_PICTURES, JOB_PICTURES = 1_000_000, 10_000_000
+"""Most pictures of one line, and of a whole job."""
+
+SHOWN = 300
+"""Most letters of a reason."""
 
 
 @dataclass(frozen=True)
@@ -54,90 +58,103 @@ class Rejected(NamedTuple):
     reason: str
 
 
-def read_lines(file: IO[str], kind: str, defaults: dict[str, Any]) -> Iterator[Line | Rejected]:
-    """Every request of a job file, checked as far as it can be without the model.
+def read_lines(
+    file: IO[bytes] | IO[str],
+    kind: str,
+    defaults: dict[str, Any],
+    check: Callable[[Request], object] | None = None,
+    *,
+    ignores_case: bool = False,
+) -> Iterator[Line | Rejected]:
+    """Every request of a job file, checked as far as it can be without making its picture.
 
-    kind: ".jsonl" (an object per line), ".csv" (a head line of field names) or ".txt" (a prompt per line). Empty lines
-    are passed over. defaults: fields for lines that lack them.
+    kind: ".jsonl", ".csv", ".tsv" or ".txt" (`sdjax.jobs.forms`). defaults: fields for lines that lack them. check:
+    raises ValueError for a request that the model cannot make. ignores_case: ids that differ in capitals alone are the
+    same.
+
+    Raises:
+        ValueError: nothing of the file can be used.
     """
-    seen: set[bytes] = set()
-    for number, text, fields in _entries(file, kind):
+    names, pictures = _Names(ignores_case), 0
+    for number, text, fields in entries(file, kind):
         try:
             if isinstance(fields, ValueError):
                 raise fields
             line = _line(number, {**defaults, **fields})
-            digests = [
-                hashlib.blake2b(name.encode(), digest_size=12).digest() for name in map(line.name, range(line.count))
-            ]
-            if len(set(digests)) < len(digests) or not seen.isdisjoint(digests):
+            if pictures + line.count > JOB_PICTURES:
+                raise ValueError(f"with this line the job has more than {JOB_PICTURES:,} pictures; divide it")
+            if check is not None:
+                check(line.request)
+            if not names.take(line):
                 raise ValueError(f"the id {line.id!r} is taken by a line before; ids must be unique")
-            seen.update(digests)
+            pictures += line.count
             yield line
-        except (ValueError, TypeError, OSError) as error:
-            yield Rejected(number, text, " ".join(str(error).split()))
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            reason = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())
+            yield Rejected(number, text, reason if len(reason) <= SHOWN else f"{reason[:SHOWN]} ...")
 
 
-def _entries(file: IO[str], kind: str) -> Iterator[tuple[int, str, dict[str, Any] | ValueError]]:
-    if kind == ".csv":
-        reader = csv.DictReader(file, strict=True)
-        unknown = [name for name in reader.fieldnames or [] if name not in FIELDS]
-        if unknown or "prompt" not in (reader.fieldnames or []):
-            found = ", ".join(map(str, reader.fieldnames or ())) or "nothing"
-            raise ValueError(f"the first line must name the columns, prompt and others of {', '.join(FIELDS)}: {found}")
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield reader.line_num, "", ValueError(f"no line of a CSV file ({error})")
-                continue
-            text = ",".join(str(value) for value in row.values())
-            if None in row:
-                yield reader.line_num, text, ValueError("more values than there are columns")
-            else:
-                yield reader.line_num, text, _from_csv(row)
-        return
-    for number, text in enumerate(file, 1):
-        text = text.rstrip("\r\n")
-        if not text.strip():
-            continue
-        if kind == ".txt":
-            yield number, text, {"prompt": text.strip()}
-            continue
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield number, text, ValueError(f"not JSON ({error})")
-            continue
-        wrong = None if isinstance(fields, dict) else ValueError(f"expected an object {{...}}, found {text[:40]}")
-        yield number, text, wrong or fields
+class _Names:
+    """The ids of pictures that are taken; those of a line with many pictures as a range, however many there are.
 
+    single: ids that stand alone, hashed; numbered: those that end in -NUMBER, as the pictures of a line with a count
+    do, by what stands before it; ranges: of each such beginning [start, stop), sorted, none of which overlap.
+    """
 
-def _from_csv(row: dict[str, str]) -> dict[str, Any] | ValueError:
-    fields: dict[str, Any] = {}
-    for name, value in row.items():
-        if value is None or value == "":
-            continue
-        try:
-            if name in NUMBERS:
-                fields[name] = NUMBERS[name](value)
-            else:
-                fields[name] = [float(end) for end in value.split()] if name == "guidance_interval" else value
-        except ValueError:
-            return ValueError(f"{name} must be a number, found {value!r}")
-    return fields
+    def __init__(self, ignores_case: bool) -> None:
+        self.ignores_case = ignores_case
+        self.single: set[bytes] = set()
+        self.numbered: dict[str, set[int]] = {}
+        self.ranges: dict[str, list[tuple[int, int]]] = {}
+
+    def take(self, line: Line) -> bool:
+        """Whether the ids of a line were free; they are taken then."""
+        name = line.id.lower() if self.ignores_case else line.id
+        if line.count > 1:
+            start = line.request.seed
+            return self._take_range(name, start, start + line.count)
+        if match := re.fullmatch(r"(.+)-(0|[1-9]\d*)", name):
+            stem, number = match[1], int(match[2])
+            numbers = self.numbered.setdefault(stem, set())
+            if number in numbers or self._overlapped(stem, number, number + 1):
+                return False
+            numbers.add(number)
+            return True
+        digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
+        if digest in self.single:
+            return False
+        self.single.add(digest)
+        return True
+
+    def _take_range(self, stem: str, start: int, stop: int) -> bool:
+        numbers = self.numbered.get(stem, set())
+        if len(numbers) < stop - start:
+            met = any(start <= number < stop for number in numbers)
+        else:
+            met = any(number in numbers for number in range(start, stop))
+        if met or self._overlapped(stem, start, stop):
+            return False
+        bisect.insort(self.ranges.setdefault(stem, []), (start, stop))
+        return True
+
+    def _overlapped(self, stem: str, start: int, stop: int) -> bool:
+        ranges = self.ranges.get(stem, [])
+        after = bisect.bisect_left(ranges, (stop, stop))
+        return after > 0 and ranges[after - 1][1] > start
 
 
 def _line(number: int, fields: dict[str, Any]) -> Line:
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+        raise ValueError(f"unknown field {called(unknown[0])}; the fields are {', '.join(FIELDS)}")
     fields = {name: value for name, value in fields.items() if value is not None}
     if "prompt" not in fields:
         raise ValueError("the prompt is missing")
     if not isinstance(fields["prompt"], str):
         raise ValueError(f"prompt must be a string, found {fields['prompt']!r}")
+    for key in TEXTS:
+        if isinstance(text := fields.get(key), str) and "\0" in text:
+            raise ValueError(f"{key} holds a zero character; leave it out")
     name = fields.pop("id", f"{number:07d}")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII):
         raise ValueError(f"id must be up to 100 letters, digits, '.', '_' and '-', found {name!r}")
@@ -146,10 +163,8 @@ def _line(number: int, fields: dict[str, Any]) -> Line:
         fields |= dict(width=width, height=height)
     count, image, mask = fields.pop("count", 1), fields.pop("init_image", None), fields.pop("mask", None)
     for key, path in (("init_image", image), ("mask", mask)):
-        if path is not None and not isinstance(path, str):
-            raise ValueError(f"{key} must be the path of a picture, found {path!r}")
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{key}: {path}: no such picture file")
+        if path is not None:
+            _refuse_no_file(key, path)
     if mask is not None and image is None:
         raise ValueError("a mask needs an init_image")
     if image is None and "strength" in fields:
@@ -158,6 +173,12 @@ def _line(number: int, fields: dict[str, Any]) -> Line:
         length = fields.get(side, 8)
         if not isinstance(length, int) or isinstance(length, bool) or length < 8 or length % 8:
             raise ValueError(f"{side} must be a multiple of 8, found {length!r}")
+        if length > LARGEST_SIDE:
+            raise ValueError(f"{side} must be {LARGEST_SIDE} at most, found {length}")
+    if isinstance(count, int) and count > LINE_PICTURES:
+        raise ValueError(f"count must be {LINE_PICTURES:,} at most, found {count}; divide the line")
+    if fields.get("seed") == -1:
+        raise ValueError("seed -1 means a random one to other tools; give a whole number from 0, or none")
     checked = {key: value for key, value in fields.items() if key not in ("width", "height")}
     check_settings(prompts=[checked.pop("prompt")], count=count, **checked)
     if "guidance_interval" in fields:
@@ -165,17 +186,34 @@ def _line(number: int, fields: dict[str, Any]) -> Line:
     return Line(number, name, count, Request(**fields, image=image, mask=mask, id=name))
 
 
-def to_json(line: Line) -> str:
-    """The line as a job is kept: what is not the default, and the number it had."""
+def _refuse_no_file(key: str, path: Any) -> None:
+    """Raises ValueError unless `path` is the path of a file that can be read."""
+    if not isinstance(path, str):
+        raise ValueError(f"{key} must be the path of a picture, found {path!r}")
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        link = "; it is a link to nothing" if os.path.islink(path) else ""
+        raise ValueError(f"{key}: {path}: no such picture file{link}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(
+            f"{key}: {path}: no such picture file; it is {'a folder' if stat.S_ISDIR(mode) else 'no file'}"
+        )
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{key}: {path}: may not be read; give yourself the permission")
+
+
+def to_json(line: Line) -> bytes:
+    """The line as a job is kept: what is not the default, and the number it had; in UTF-8, its end included."""
     given = {
         field.name: getattr(line.request, field.name)
         for field in dataclasses.fields(Request)
         if getattr(line.request, field.name) != field.default
     }
-    return json.dumps({"line": line.number, "id": line.id, "count": line.count, **given}, ensure_ascii=False)
+    return json_line({"line": line.number, "id": line.id, "count": line.count, **given})
 
 
-def from_json(text: str) -> Line:
+def from_json(text: str | bytes) -> Line:
     """What `to_json` wrote."""
     fields = json.loads(text)
     if "guidance_interval" in fields:
@@ -198,7 +236,7 @@ class Job(AbstractContextManager["Job"]):
         shape_ids: dict[tuple[Any, ...], int] = {}
         offset = 0
         for text in self.file:
-            line = from_json(text.decode())
+            line = from_json(text)
             shape = _shape(filled_in(line.request, sampling))
             offsets.append(offset)
             counts.append(line.count)
@@ -215,7 +253,7 @@ class Job(AbstractContextManager["Job"]):
 
     def line(self, index: int) -> Line:
         self.file.seek(self.offsets[index])
-        return from_json(self.file.readline().decode())
+        return from_json(self.file.readline())
 
     @property
     def pictures(self) -> int:
@@ -239,7 +277,7 @@ def _shape(request: Request) -> tuple[Any, ...]:
         try:
             with Image.open(str(request.image)) as image:
                 size = image.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # Pillow raises almost anything on a damaged file
             size = "unreadable"  # named when it is its turn
     assert request.steps is not None
     return size, request.clip_skip, row_bound(2 * request.steps)

@@ -1,6 +1,7 @@
 """What a job leaves in its folder: the manifest, and pictures as files or in WebDataset shards.
 
-All of it is written such that a kill at any moment leaves nothing that the next start cannot tell from a whole.
+All of it is written such that a kill or a power cut at any moment leaves nothing that the next start cannot tell from a
+whole: a picture is on the disk before its line in the manifest is, and with the line it counts as made.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, cast
 
 from sdjax.hosts import ALONE, Share
 from sdjax.recipe import Recipe, has_recipe
-from sdjax.storage.files import new_file
+from sdjax.storage.files import flush, json_line, new_file
 
 SHARD = 1000
 """Pictures in one .tar."""
@@ -52,6 +53,7 @@ class Manifest(AbstractContextManager["Manifest"]):
             if self._is_ours(path):
                 os.truncate(path, whole)
         self.file = open(self.own, "ab", buffering=0)  # noqa: SIM115
+        flush(out)
 
     def _is_ours(self, path: Path) -> bool:
         """Whether this process looks after a file: its own, or one of a process that is no longer there."""
@@ -76,8 +78,7 @@ class Manifest(AbstractContextManager["Manifest"]):
 
     def add(self, entry: dict[str, Any], recipe: Recipe) -> None:
         """A picture's line: `entry` and the settings of its recipe."""
-        line = entry | {"settings": dataclasses.asdict(recipe)}
-        append(self.file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+        append(self.file, json_line(entry | {"settings": dataclasses.asdict(recipe)}))
 
 
 def number_of(stem: str) -> int:
@@ -87,13 +88,15 @@ def number_of(stem: str) -> int:
 
 
 def append(file: FileIO, data: bytes) -> None:
-    """All of `data` at the end of a file, or none of it and an OSError. The file is unbuffered: a buffer would write
-    later what did not fit now.
+    """All of `data` at the end of a file and on the disk, or none of it and an OSError.
+
+    The file is unbuffered: a buffer would write later what did not fit now.
     """
     before, rest = file.seek(0, os.SEEK_END), memoryview(data)
     try:
         while rest:
             rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
     except OSError:
         file.truncate(before)
         raise
@@ -170,6 +173,7 @@ class Shards:
         if self.file is None:
             self.at, self.number = self._name(self.number), self.number + 1
             self.file = open(self._partial(self.at), "wb", buffering=0)  # noqa: SIM115
+            flush(self.out)
         before = self.file.seek(0, os.SEEK_END)
         members = {self.suffix: data, ".json": recipe.to_json().encode()}
         append(self.file, b"".join(_member(entry["id"] + suffix, content) for suffix, content in members.items()))
@@ -185,6 +189,7 @@ class Shards:
             return
         append(self.file, bytes(2 * tarfile.BLOCKSIZE))
         self._partial(self.at).rename(self.out / self.at)
+        flush(self.out)
         self.file.close()
         self.count, self.file = 0, None
 

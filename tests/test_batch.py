@@ -559,4 +559,4 @@ def test_the_command_makes_a_job_reports_and_goes_on(here, capsys):
     assert cli.main(["batch", "no.jsonl", "-o", "new", "--model", "small"]) == 2
     assert "no.jsonl: no such job file" in capsys.readouterr().err
     assert cli.main(["batch", "jobs.xml", "-o", "new", "--model", "small"]) == 2
-    assert "expected a job file that ends in .jsonl, .csv or .txt, or -" in capsys.readouterr().err
+    assert "expected a job file that ends in .jsonl, .csv, .tsv or .txt, or -" in capsys.readouterr().err

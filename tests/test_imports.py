@@ -17,18 +17,9 @@ LAYERS = [  # a module imports from lower rows, and from its own without going i
     | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
     {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"} | {"diffusion.torch_noise"},
     {"sharding", "functions", "pipeline", "request", "checkpoint", "recipe"},
-    {
-        "train",
-        "train.losses",
-        "train.step",
-        "train.data",
-        "train.dataset",
-        "train.plots",
-        "train.settings",
-        "train.tasks",
-        "train.loop",
-    }
-    | {"job_file", "outputs", "batch"},
+    {f"train.{name}" for name in ("losses", "step", "dataset", "data", "plots", "settings", "tasks", "loop")}
+    | {"train"}
+    | {"jobs", "jobs.forms", "job_file", "outputs", "batch"},
     {"load", "selftest", "compilation", "train.command", "cli", "cli.__main__"}
     | {f"cli.{name}" for name in ("run", "options", "terminal", "model", "generate", "batch", "info", "warmup")},
 ]

@@ -7,43 +7,55 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sdjax.cli.model import load_model, placement_of, progress_bars
+from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
 from sdjax.cli.terminal import console, error, note
-from sdjax.request import check_settings
+from sdjax.request import Request, check_request, check_settings
 
 LINE_DEFAULTS = (
     *("negative_prompt", "sampler", "spacing", "size", "noise", "steps", "seed", "count", "clip_skip"),
     *("guidance", "guidance_rescale", "eta"),
 )
+KINDS = (".jsonl", ".csv", ".tsv", ".txt")
+"""Endings of job files."""
+
+NOTES = 20
+"""Most lines that are named of those that were left out."""
 
 
 def batch(options: argparse.Namespace) -> int:
     """A job file in, pictures out; exit status 1 if some could not be made."""
     from sdjax import batch as jobs
     from sdjax.hosts import ALONE, join
+    from sdjax.load import configuration, identity
 
     check_settings(batch=options.batch)
     defaults = {name: getattr(options, name) for name in LINE_DEFAULTS if getattr(options, name) is not None}
-    out, kind = Path(options.output), ".jsonl" if options.jobs == "-" else Path(options.jobs).suffix.lower()
-    if kind not in (".jsonl", ".csv", ".txt"):
-        raise ValueError(f"{options.jobs}: expected a job file that ends in .jsonl, .csv or .txt, or -")
-    if options.jobs != "-" and not Path(options.jobs).is_file():
-        raise FileNotFoundError(f"{options.jobs}: no such job file")
-    settings = {"model": options.model, "dtype": options.dtype, "format": options.format, "shards": options.shards}
+    out, conversion = Path(options.output), conversion_of(options)
+    kind = _kind_of(options.jobs)
+    jobs.check_output(out, None if options.jobs == "-" else Path(options.jobs))
+    config = configuration(options.model or None, **conversion)
+    settings: dict[str, Any] = {"model": options.model, "dtype": options.dtype}
+    settings |= {"format": options.format, "shards": options.shards}
+    settings |= {"conversion": conversion, "content": identity(options.model or None, **conversion)}
     named = (options.coordinator, options.num_processes, options.process_id)
     share = join(*named) if options.distributed or named != (None,) * 3 else ALONE
     if options.jobs == "-" and share.processes > 1:
         raise ValueError("several processes need a job file; standard input is read by one alone")
+
+    def check(request: Request) -> None:
+        check_request(request, config, options.model or config.name)
+
     with jobs.at_work(out, share):
-        with (
-            nullcontext(sys.stdin) if options.jobs == "-" else open(options.jobs, encoding="utf-8", newline="") as file
-        ):
-            rejected = jobs.prepare(file, kind, out, settings, defaults, skip_bad=options.skip_bad, share=share)
-        for line in rejected:
-            note(f"line {line.number} left out: {line.reason}")
+        with nullcontext(sys.stdin.buffer) if options.jobs == "-" else open(options.jobs, "rb") as file:
+            keys: dict[str, Any] = dict(skip_bad=options.skip_bad, share=share, check=check)
+            rejected = jobs.prepare(file, kind, out, settings, defaults, **keys)
+        left_out = [f"line {line.number} left out: {line.reason}" for line in rejected]
+        for line in jobs.shown(left_out, NOTES, f", in {out / 'rejected.jsonl'}"):
+            note(line)
         with progress_bars(options.model) as (on_convert, _):
             placement = placement_of(options)
             like = None if options.dry_run else jobs.first_request(out)
@@ -64,11 +76,26 @@ def batch(options: argparse.Namespace) -> int:
             def report(name: str, reason: str) -> None:
                 error(f"{name}: {reason}")
 
-            keys = dict(model=options.model, dtype=options.dtype, batch=options.batch)
-            suffix = f".{options.format}"
-            keys |= dict(suffix=suffix, shards=options.shards, share=share)
+            keys = dict(model=options.model, dtype=options.dtype, conversion=conversion, batch=options.batch)
+            keys |= dict(suffix=f".{options.format}", shards=options.shards, share=share)
             done = jobs.run(pipe, out, **keys, report=report, progress=progress)
     print(f"{done.made} pictures made, {done.before} were there before, {done.failed} failed")
     if done.failed:
         note(f"the same command tries them again; {share.failures(out)} says why")
     return 1 if done.failed else 0
+
+
+def _kind_of(jobs: str) -> str:
+    """The form of a job file, by its ending. Raises ValueError or OSError if it is none."""
+    if jobs == "-":
+        return ".jsonl"
+    path, expected = Path(jobs), f"expected a job file that ends in {', '.join(KINDS[:-1])} or {KINDS[-1]}, or -"
+    if path.is_dir():
+        raise ValueError(f"{jobs}: a folder; {expected}")
+    if path.suffix.lower() not in KINDS:
+        raise ValueError(f"{jobs}: {expected}")
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{jobs}: a link to nothing")
+    if not path.is_file():
+        raise FileNotFoundError(f"{jobs}: no such job file")
+    return path.suffix.lower()

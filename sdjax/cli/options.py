@@ -81,14 +81,15 @@ def _add_batch(commands: Any) -> None:
     text = "make the pictures of a job file; the same command again goes on"
     command = commands.add_parser("batch", help=text, description=text + ".")
     add = command.add_argument
-    add("jobs", help="a .jsonl of requests, a .csv of them, a .txt of prompts, or - for JSON lines from standard input")
+    forms = "a .jsonl of requests, a .csv or .tsv of them, a .txt of prompts, or - for JSON lines from standard input"
+    add("jobs", help=forms)
     add("-o", "--output", required=True, metavar="DIR", help="folder of the job: pictures and manifest.jsonl")
     add("--model", metavar="M", help="anything that txt2img takes")
     add("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (float32)")
     add("--batch", type=int, default=8, metavar="N", help="pictures made at once on each device (8)")
     add("--format", choices=["png", "webp", "jpg"], default="png", help="of the pictures (png)")
     add("--shards", action="store_true", help="WebDataset .tar shards instead of single files")
-    add("--skip-bad", action="store_true", help="leave out lines that are no requests, into rejected.jsonl")
+    add("--skip-bad", action="store_true", help="leave out lines that cannot be made, into rejected.jsonl")
     _add_devices(command)
     add_conversion(command)
     _add_hosts(command)

@@ -7,12 +7,14 @@ the content.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sdjax.hints import hint
 
@@ -68,6 +70,13 @@ def new_file(path: Path, force: bool = False) -> Iterator[Path]:
     flush(path.parent)
 
 
+def move(path: Path, to: Path) -> None:
+    """Gives a file that is whole its final name, in the same folder, so that a power cut leaves it whole."""
+    flush(path)
+    path.replace(to)
+    flush(to.parent)
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Raises OSError, naming the folder, if no file can be made in it."""
     try:
@@ -113,6 +122,14 @@ def flush_tree(folder: Path) -> None:
             if not os.path.islink(os.path.join(parent, name)):
                 flush(Path(parent, name))
         flush(Path(parent))
+
+
+def json_line(entry: dict[str, Any]) -> bytes:
+    """A line of a .jsonl file, in UTF-8; with escapes alone if something in it is no text, as a file's name may be."""
+    try:
+        return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(entry) + "\n").encode()
 
 
 def _umask() -> int:

@@ -1,0 +1,1 @@
+"""Jobs: many pictures from a file of requests (`sdjax.batch` runs them)."""
