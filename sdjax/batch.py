@@ -41,7 +41,7 @@ from sdjax.outputs import Files, Manifest, Shards, append
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import Recipe, encoded, file_hash, recipe_of
 from sdjax.request import BATCH, Request
-from sdjax.storage.files import flush, json_line, move, new_file, refuse_unwritable
+from sdjax.storage.files import NAME_MAX, flush, json_line, move, new_file, refuse_unwritable
 
 OWN_FILES = ("jobs.jsonl", "manifest.jsonl", "failed.jsonl", "rejected.jsonl", "job.json")
 """What a job writes besides its pictures."""
@@ -69,6 +69,9 @@ def check_output(out: Path, jobs: Path | None) -> None:
     """
     if "\0" in str(out):
         raise ValueError(f"{str(out)!r}: a zero byte, which no name of a folder can have")
+    for name in out.parts:
+        if (length := len(os.fsencode(name))) > NAME_MAX:
+            raise ValueError(f"{name[:60]}...: a name of {length} bytes; file systems take {NAME_MAX}, shorten it")
     if out.is_symlink() and not out.exists():
         raise ValueError(f"{out}: a link to nothing; choose another folder")
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
@@ -76,10 +79,6 @@ def check_output(out: Path, jobs: Path | None) -> None:
         made = "it" if there == out else str(out)
         raise ValueError(f"{there}: is there and is no folder, so {made} cannot be one; choose another name")
     refuse_unwritable(there)
-    longest = os.pathconf(there, "PC_NAME_MAX")
-    for name in out.parts:
-        if (length := len(os.fsencode(name))) > longest:
-            raise ValueError(f"{name[:60]}...: a name of {length} bytes; at most {longest} are possible")
     for own in (out / name for name in OWN_FILES):
         if jobs is not None and own.exists() and own.samefile(jobs):
             raise ValueError(f"{jobs}: is what {out} keeps of its job; copy it to another place to do it again")

@@ -194,13 +194,13 @@ def _refuse_no_file(key: str, path: Any) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         link = "; it is a link to nothing" if os.path.islink(path) else ""
-        raise ValueError(f"{key}: {path}: no such picture file{link}") from None
+        raise ValueError(f"{key}: {path:.200}: no such picture file{link}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(
-            f"{key}: {path}: no such picture file; it is {'a folder' if stat.S_ISDIR(mode) else 'no file'}"
+            f"{key}: {path:.200}: no such picture file; it is {'a folder' if stat.S_ISDIR(mode) else 'no file'}"
         )
     if not os.access(path, os.R_OK):
-        raise ValueError(f"{key}: {path}: may not be read; give yourself the permission")
+        raise ValueError(f"{key}: {path:.200}: may not be read; give yourself the permission")
 
 
 def to_json(line: Line) -> bytes:

@@ -15,7 +15,7 @@ from sdjax.cli.terminal import note
 from sdjax.config import ModelConfig
 from sdjax.hints import hint
 from sdjax.request import BATCH, STRENGTHS, Request, check_request, check_settings, parse_size
-from sdjax.storage.files import refuse_unwritable
+from sdjax.storage.files import NAME_MAX, refuse_unwritable
 
 DEFAULTS: dict[str, Any] = {
     "prompt": None,
@@ -38,11 +38,8 @@ DEFAULTS: dict[str, Any] = {
     "mask": None,
     "conversion": {},
 }
-NAME_MAX = 255
-"""Most bytes of a file's name."""
-
 NAME_BYTES = 120
-"""Most of them that come from the prompt."""
+"""Most bytes of a file's name that come from the prompt."""
 
 
 def generate(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Forms of job files: the fields of each line, whatever editor, spreadsheet or tool wrote it.
 
-    .jsonl       an object in each line
+    .jsonl       an object in each line; a job's own jobs.jsonl and manifest.jsonl, too
     .csv, .tsv   a head line of field names; commas, semicolons or tabs between the values
     .txt         a prompt in each line, or a line of options as the prompt files of other tools have them
 
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 from sdjax.diffusion.schedule import SPACINGS
-from sdjax.recipe import OTHER_TOOLS
+from sdjax.recipe import OTHER_TOOLS, Recipe, file_hash
 
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("seed", "count", "steps", "clip_skip", "width", "height"), int),
@@ -216,7 +216,29 @@ def _object(text: str) -> Fields:
         )
     if not isinstance(found, dict):
         raise ValueError(f"expected an object {{...}}, found {text[:40]}")
-    return found
+    return _of_ours(found)
+
+
+def _of_ours(found: Fields) -> Fields:
+    """The fields of a line that sdjax wrote itself, in a job's jobs.jsonl or manifest.jsonl; any other as it is."""
+    if {"line", "id", "count", "prompt"} <= set(found):
+        names = {"image": "init_image"}
+        return {names.get(name, name): value for name, value in found.items() if name != "line"}
+    if not {"picture", "id", "sha256", "settings"} <= set(found) or not isinstance(found["settings"], dict):
+        return found
+    recipe = Recipe.from_json(json.dumps(found["settings"]))
+    fields = {name: getattr(recipe, name) for name in FIELDS if hasattr(recipe, name)}
+    fields |= {"id": found["id"], "guidance_interval": list(recipe.guidance_interval)}
+    for name, picture in (("init_image", recipe.image), ("mask", recipe.mask)):
+        if picture is not None:
+            fields[name], digest = picture
+            if file_hash(fields[name]) != digest:
+                raise ValueError(
+                    f"{name}: {fields[name]}: not the picture that this was made from; its content changed"
+                )
+    if recipe.image is not None:
+        del fields["width"], fields["height"]  # those of the picture
+    return fields
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Fields:

@@ -18,6 +18,9 @@ from typing import Any
 
 from sdjax.hints import hint
 
+NAME_MAX = 255
+"""Most bytes of a file's name."""
+
 
 @contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
