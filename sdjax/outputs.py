@@ -53,7 +53,6 @@ class Manifest(AbstractContextManager["Manifest"]):
             if self._is_ours(path):
                 os.truncate(path, whole)
         self.file = open(self.own, "ab", buffering=0)  # noqa: SIM115
-        flush(out)
 
     def _is_ours(self, path: Path) -> bool:
         """Whether this process looks after a file: its own, or one of a process that is no longer there."""

@@ -155,8 +155,16 @@ def assert_flushed_first(seen, path):
 @pytest.mark.parametrize("one_file", [True, False])
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, one_file):
     seen = events_of(monkeypatch)
-    checkpoint.save(tmp_path / "model", MINI, random_params(MINI), one_file=one_file)
-    assert_flushed_first(seen, tmp_path / "model")
+    for force in (False, True):  # then in the place of another
+        seen.clear()
+        checkpoint.save(tmp_path / "model", MINI, random_params(MINI), one_file=one_file, force=force)
+        assert_flushed_first(seen, tmp_path / "model")
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen = events_of(monkeypatch)
+    work(tmp_path, outputs.Shards)
+    assert_flushed_first(seen, tmp_path / "shard-000000.tar")
 
 
 def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
