@@ -42,15 +42,12 @@ def open_streams() -> None:
 def script() -> int:
     """What the installed command calls: `main`, with one line for Ctrl-C at any moment."""
     open_streams()
-    usual = signal.getsignal(signal.SIGINT)
-    interruptible = usual is signal.default_int_handler  # not where a shell started this in the background
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in a shell's background
     if interruptible:
         signal.signal(signal.SIGINT, leave)
     try:
         from sdjax.cli.run import run
 
-        if interruptible:
-            signal.signal(signal.SIGINT, usual)
         status = run()
     except KeyboardInterrupt:
         leave()
@@ -62,6 +59,16 @@ def script() -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def begin_work() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, so that what is under way is finished or cleared away.
+
+    Until a command says so, `script` ends the process at once: libraries that are interrupted while they are imported,
+    or look for devices, may print of it or pass over it.
+    """
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def leave(*_: Any) -> None:

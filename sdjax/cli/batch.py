@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sdjax.cli import begin_work
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
 from sdjax.cli.terminal import console, error, note
 from sdjax.request import Request, check_request, check_settings
@@ -49,6 +50,8 @@ def batch(options: argparse.Namespace) -> int:
     def check(request: Request) -> None:
         check_request(request, config, options.model or config.name)
 
+    placement = placement_of(options)
+    begin_work()
     with jobs.at_work(out, share):
         with nullcontext(sys.stdin.buffer) if options.jobs == "-" else open(options.jobs, "rb") as file:
             keys: dict[str, Any] = dict(skip_bad=options.skip_bad, share=share, check=check)
@@ -57,7 +60,6 @@ def batch(options: argparse.Namespace) -> int:
         for line in jobs.shown(left_out, NOTES, f", in {out / 'rejected.jsonl'}"):
             note(line)
         with progress_bars(options.model) as (on_convert, _):
-            placement = placement_of(options)
             like = None if options.dry_run else jobs.first_request(out)
             pipe = load_model(options, on_convert, placement=placement, like=like, batch=options.batch, loop=True)
         if options.dry_run:

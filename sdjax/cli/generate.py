@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdjax.cli import begin_work
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
 from sdjax.cli.terminal import note
 from sdjax.config import ModelConfig
@@ -78,6 +79,7 @@ def generate(options: argparse.Namespace) -> int:
         named = dict(model=model, dtype=dtype, placement=placement, conversion=conversion, on_config=check)
         pipe = load_model(options, on_convert, like=like, batch=min(BATCH, -(-count // placement.shares)), **named)
         output.make_folder()
+        begin_work()
         call = {
             "txt2img": lambda **k: pipe.text_to_image(prompt, **k),
             "img2img": lambda **k: pipe.image_to_image(prompt, image, **k),

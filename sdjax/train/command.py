@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sdjax.cli import begin_work
 from sdjax.cli.model import add_conversion, conversion_of
 from sdjax.config import BOX_VISION, PRESETS, CLIPVisionConfig
 from sdjax.hints import hint
@@ -77,6 +78,8 @@ def _add_settings(command: argparse.ArgumentParser, part: str) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """One training, from the options to the finished model."""
+    import jax
+
     from sdjax.load import identity
     from sdjax.train.data import open_dataset
     from sdjax.train.loop import claim, train
@@ -106,6 +109,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     }
     if options.model is not None:
         note |= {"conversion": conversion, "content": identity(options.model, **conversion)}
+    jax.local_devices()
+    begin_work()
     claim(out, settings, note)
     model = _start(options, settings, conversion)
     cache = out / "cache"
