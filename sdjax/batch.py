@@ -315,7 +315,11 @@ def run(
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
         try:
             for request, picture in pipe.batch(requests(), batch=batch, on_error=fail):
-                said: dict[str, Any] = dict(image=_hashed(request.image), mask=_hashed(request.mask))
+                try:
+                    said: dict[str, Any] = dict(image=_hashed(request.image), mask=_hashed(request.mask))
+                except OSError as error:  # gone since it was read
+                    fail(request, error)
+                    continue
                 said |= dict(model=model, dtype=dtype, conversion=conversion)
                 recipe = recipe_of(request, pipe.config.sampling, picture, **said)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))

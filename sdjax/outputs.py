@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from io import FileIO
@@ -20,6 +21,9 @@ from typing import Any, cast
 from sdjax.hosts import ALONE, Share
 from sdjax.recipe import Recipe, has_recipe
 from sdjax.storage.files import flush, json_line, new_file
+
+LINE = 2**14
+"""Bytes that a manifest's line does not exceed by far; a kill may leave as much of one without its end."""
 
 SHARD = 1000
 """Pictures in one .tar."""
@@ -37,22 +41,30 @@ class Manifest(AbstractContextManager["Manifest"]):
         self.share = share
         self.own = out / f"manifest{share.tag}.jsonl"
         self.entries: dict[int, tuple[str, int]] = {}
-        for path in out.glob("manifest*.jsonl"):
+        for path in self._all():
             whole = 0
             with open(path, "rb") as file:
                 for text in file:
                     try:
                         entry = json.loads(text)
-                        picture, where = entry["picture"], (entry["file"], entry.get("end", 0))
-                    except (ValueError, TypeError, KeyError):
+                        picture, where = int(entry["picture"]), (str(entry["file"]), int(entry.get("end", 0)))
+                    except (ValueError, TypeError, KeyError, RecursionError):
                         break
                     if not text.endswith(b"\n"):
                         break
                     self.entries[picture] = where
                     whole += len(text)
             if self._is_ours(path):
+                left = path.stat().st_size - whole
+                if left > LINE:
+                    what = f"{left} bytes at its end are no lines of a manifest; their pictures are made anew"
+                    warnings.warn(f"{path}: {what}", stacklevel=2)
                 os.truncate(path, whole)
         self.file = open(self.own, "ab", buffering=0)  # noqa: SIM115
+
+    def _all(self) -> list[Path]:
+        """The manifests of all processes, and no copies that somebody made of them."""
+        return [path for path in self.own.parent.iterdir() if re.fullmatch(r"manifest(-\d{4,})?\.jsonl", path.name)]
 
     def _is_ours(self, path: Path) -> bool:
         """Whether this process looks after a file: its own, or one of a process that is no longer there."""
@@ -67,7 +79,7 @@ class Manifest(AbstractContextManager["Manifest"]):
         if not gone:
             return
         self.file.close()
-        for path in self.own.parent.glob("manifest*.jsonl"):
+        for path in self._all():
             if not self._is_ours(path):
                 continue
             with new_file(path, force=True) as temporary, open(path, "rb") as old, open(temporary, "wb") as new:

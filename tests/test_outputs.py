@@ -154,3 +154,22 @@ def test_whatever_step_fails_every_picture_is_in_the_shards_once(how, step, tmp_
     work()
     check_whole(tmp_path, 5)
     assert len(list(tmp_path.glob("shard-*.tar"))) == 3
+
+
+@pytest.mark.parametrize("line", ['{"picture": "x", "file": "a"}', '{"picture": 1}', "[]", "[" * 5000, "5", "{}"])
+def test_a_damaged_line_of_a_manifest_is_cut_off_and_what_is_lost_is_said(tmp_path, line):
+    good = json.dumps({"picture": 0, "file": "a.png"}) + "\n"
+    (tmp_path / "manifest.jsonl").write_text(good + line + "\n" + good * 1000)
+    with pytest.warns(UserWarning, match="are no lines of a manifest"), outputs.Manifest(tmp_path) as found:
+        assert found.entries == {0: ("a.png", 0)}
+    assert (tmp_path / "manifest.jsonl").read_text() == good
+
+
+def test_copies_that_somebody_made_of_a_manifest_are_left_alone(tmp_path):
+    names = ["manifest-copy.jsonl", "manifest.old.jsonl", "manifest (1).jsonl", "manifests.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text("half a li")
+    with outputs.Manifest(tmp_path) as found:
+        assert found.entries == {}
+        found.keep(lambda *_: False)
+    assert {(tmp_path / name).read_text() for name in names} == {"half a li"}
