@@ -109,3 +109,29 @@ def test_several_threads_may_write_the_same_file(tmp_path):
         thread.join()
     assert len(set((tmp_path / "one").read_text())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_what_was_found_of_files_is_remembered_as_long_as_they_stay_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDJAX_CACHE", str(tmp_path / "cache"))
+    made, paths = [], [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_text("x")
+
+    def make():
+        made.append(1)
+        return [None, "broken"]
+
+    for count in (1, 2):  # they have just changed, so nothing is trusted
+        assert cache.remembered("kind", "key", paths, make) == [None, "broken"]
+        assert len(made) == count
+    monkeypatch.setattr(cache, "UNSETTLED", -(10**12))
+    for key, count in (("key", 3), ("key", 3), ("other", 4), ("key", 4)):
+        assert cache.remembered("kind", key, paths, make) == [None, "broken"]
+        assert len(made) == count
+    times = paths[0].stat()
+    paths[0].write_text("y")
+    os.utime(paths[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    cache.remembered("kind", "key", paths, make)
+    assert len(made) == 5
+    monkeypatch.setenv("SDJAX_CACHE", "/proc/x")
+    assert cache.remembered("kind", "key", paths, make) == [None, "broken"]

@@ -368,6 +368,21 @@ def test_progress_counts_every_picture(tmp_path):
     assert dataset.open_dataset is data.open_dataset
 
 
+def test_pictures_that_were_all_good_are_not_decoded_again_until_one_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sdjax.storage.cache.UNSETTLED", -(10**12))
+    folder, seen = write(tmp_path / "d", GOOD | {"x.png": PNG, "x.txt": "x"}), []
+    flaw = dataset._flaw
+    monkeypatch.setattr(dataset, "_flaw", lambda example: (seen.append(example.name), flaw(example))[1])
+    for count in (2, 2):
+        assert len(data.open_dataset(folder)) == 2
+        assert len(seen) == count
+    (folder / "x.png").write_bytes(CUT)
+    for count in (4, 6):
+        assert opened(folder)[0] == ["good.png"]
+        assert len(seen) == count
+
+
 def test_a_data_set_is_known_by_what_it_holds_wherever_it_lies(tmp_path):
     one, two = (data.open_dataset(write(tmp_path / name, GOOD)) for name in "ab")
     assert one.listing == two.listing

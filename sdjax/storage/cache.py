@@ -3,6 +3,7 @@
 CACHE/converted/   foreign models as our checkpoints, named after a hash of the content (`sdjax.load.converted`)
 CACHE/programs/    compiled programs, by what they compute (JAX's own cache)
 CACHE/digests.json sha256 of large files, by what the file system says of them (`digest_of`)
+CACHE/pictures/    whether all pictures of a data set can be decoded, by the same (`remembered`)
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,31 @@ def digest_of_all(paths: list[Path]) -> str:
         for file in files:
             digest.update(json.dumps([file.relative_to(path).as_posix(), digest_of(file)]).encode())
     return digest.hexdigest()
+
+
+def remembered(kind: str, key: str, files: Iterable[Path], make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON has it, kept in CACHE/kind as long as `key` and the files are the same.
+
+    Files are compared as in `digest_of`. Where nothing can be kept, it is made each time.
+
+    Raises:
+        OSError: a file is not there.
+    """
+    digest, last = hashlib.sha256(key.encode()), 0
+    for path in files:
+        signature = _signature(path)
+        digest.update(repr([str(path.absolute()), signature]).encode("utf-8", "surrogateescape"))
+        last = max(last, *signature[2:])
+    kept = cache_folder() / kind / f"{digest.hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError):
+        return json.loads(kept.read_text("utf-8"))
+    made = make()
+    if time.time_ns() - last > UNSETTLED:
+        with suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(kept, force=True) as temporary:
+                temporary.write_text(json.dumps(made), "utf-8")
+    return made
 
 
 def _signature(path: Path) -> list[int]:

@@ -20,10 +20,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import PIL
 
 from sdjax.hints import hint
 from sdjax.image import fit, load_image, open_bytes
 from sdjax.recipe import Recipe, has_recipe, read_recipe
+from sdjax.storage.cache import remembered
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_PICTURES = (
@@ -160,7 +162,8 @@ def open_dataset(
     Links are followed. Text is UTF-8, or UTF-16 with a byte order mark.
 
     captions: False if pictures are all that is needed; no caption is read then.
-    on_error: "refuse" broken examples or "skip" them. Every picture is decoded, to know of those that cannot be.
+    on_error: "refuse" broken examples or "skip" them. Every picture is decoded once, to know of those that cannot be;
+    of files that did not change since this is remembered (`sdjax.storage.cache`).
     progress: called with (pictures decoded, pictures in all).
 
     Raises:
@@ -172,12 +175,7 @@ def open_dataset(
         raise ValueError(f'on_error must be "refuse" or "skip", found {on_error!r}')
     found = _Found()
     listed = _list(root, captions, found)
-    flaws: list[str | None] = []
-    with ThreadPoolExecutor() as pool:
-        for flaw in pool.map(_flaw, listed):
-            flaws.append(flaw)
-            if progress is not None:
-                progress(len(flaws), len(listed))
+    flaws = _flaws(listed, progress)
     skipped = found.all_skipped()
     skipped |= {example.name: flaw for example, flaw in zip(listed, flaws, strict=True) if flaw}
     examples = tuple(example for example, flaw in zip(listed, flaws, strict=True) if not flaw)
@@ -194,6 +192,28 @@ def open_dataset(
             f"{root}: no picture to train on; " + (f"all are broken: {first}" if first else f"expected {kinds}")
         )
     return Dataset(examples, skipped, found.passed_over)
+
+
+def _flaws(examples: list[Example], progress: Callable[[int, int], None] | None) -> list[str | None]:
+    """What is wrong with each picture, or None. That all are good is remembered as long as their files stay the same."""
+    flaws: list[str | None] = []
+
+    def all_good() -> bool:
+        flaws.clear()
+        with ThreadPoolExecutor() as pool:
+            for flaw in pool.map(_flaw, examples):
+                flaws.append(flaw)
+                if progress is not None:
+                    progress(len(flaws), len(examples))
+        return not any(flaws)
+
+    places = json.dumps([[example.offset, example.size] for example in examples])
+    files = dict.fromkeys(example.file for example in examples)
+    if remembered("pictures", f"{PIL.__version__} {places}", files, all_good):
+        return [None] * len(examples)
+    if len(flaws) < len(examples):
+        all_good()
+    return flaws
 
 
 def _flaw(example: Example) -> str | None:
@@ -227,7 +247,7 @@ def _list(root: Path, captions: bool, found: _Found) -> list[Example]:
     else:
         return list(_loose(root, files, captions, found))
     for name in files:
-        if os.path.realpath(root / name) in used or name in found.skipped or _is_layout(name, found):
+        if os.path.realpath(root / name) in used or name in found.skipped or _skips_layout(name, found):
             continue
         if Path(name).suffix.lower() in (*PICTURES, *OTHER_PICTURES):
             found.count(unnamed)
@@ -262,8 +282,8 @@ def _walk(root: Path, found: _Found) -> Iterator[str]:
             found.skipped[name] = "not a file that can be read, but a device or pipe"
 
 
-def _is_layout(name: str, found: _Found) -> bool:
-    """Whether a file below belongs to a data set of its own, which is skipped then."""
+def _skips_layout(name: str, found: _Found) -> bool:
+    """Whether a file below is a table or shard of its own, which is skipped then."""
     path = Path(name)
     if path.name in METADATA:
         reason = "a table below another layout is not read; name its folder, or put its lines into one table"
@@ -282,7 +302,7 @@ def _loose(folder: Path, files: list[str], captions: bool, found: _Found) -> Ite
     for name in files:
         file, beside = folder / name, Path(name).with_suffix(".txt").as_posix()
         if file.suffix.lower() not in PICTURES or name in found.skipped:
-            if name not in texts and not _is_layout(name, found):
+            if name not in texts and not _skips_layout(name, found):
                 found.other(name)
             continue
         unused.discard(beside)
