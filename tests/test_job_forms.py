@@ -18,6 +18,7 @@ from sdjax.jobs.forms import FIELDS
 from sdjax.models.params import random_params
 from sdjax.recipe import file_hash, recipe_of
 from sdjax.request import Request
+from sdjax.train.data import open_dataset
 from tests.small import MINI, mini
 
 
@@ -464,6 +465,15 @@ def test_standard_input_is_read_as_bytes(model, capsys, monkeypatch):
     status, shown = command(capsys, "-", "-o", "out", "--skip-bad", *model)
     assert status == 0
     assert "line 2 left out: byte 16" in shown.err
+
+
+def test_ids_with_dots_in_shards_get_a_note_and_are_read_by_our_own_trainer(model, capsys):
+    Path("j.jsonl").write_text('{"prompt": "a cat", "id": "v1.5"}\n{"prompt": "b", "id": "v1.6"}')
+    status, shown = command(capsys, "j.jsonl", "-o", "out", "--shards", *model)
+    assert status == 0
+    assert shown.err.count("the id 'v1.5' has a dot") == 1
+    assert "v1.6" not in shown.err
+    assert [example.captions for example in open_dataset("out").examples] == [("a cat",), ("b",)]
 
 
 def test_pipes_and_devices_do_not_hang(model, capsys):

@@ -47,8 +47,12 @@ def batch(options: argparse.Namespace) -> int:
     if options.jobs == "-" and share.processes > 1:
         raise ValueError("several processes need a job file; standard input is read by one alone")
 
+    dotted: list[str] = []
+
     def check(request: Request) -> None:
         check_request(request, config, options.model or config.name)
+        if options.shards and "." in request.id and not dotted:
+            dotted.append(request.id)
 
     placement = placement_of(options)
     begin_work()
@@ -59,6 +63,8 @@ def batch(options: argparse.Namespace) -> int:
         left_out = [f"line {line.number} left out: {line.reason}" for line in rejected]
         for line in jobs.shown(left_out, NOTES, f", in {out / 'rejected.jsonl'}"):
             note(line)
+        for name in dotted:
+            note(f"the id {name!r} has a dot; other readers of shards take a name up to its first dot for the key")
         with progress_bars(options.model) as (on_convert, _):
             like = None if options.dry_run else jobs.first_request(out)
             pipe = load_model(options, on_convert, placement=placement, like=like, batch=options.batch, loop=True)

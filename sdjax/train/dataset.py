@@ -195,7 +195,7 @@ def open_dataset(
 
 
 def _flaws(examples: list[Example], progress: Callable[[int, int], None] | None) -> list[str | None]:
-    """What is wrong with each picture, or None. That all are good is remembered as long as their files stay the same."""
+    """What is wrong with each picture, or None. That all are good is remembered until one of their files changes."""
     flaws: list[str | None] = []
 
     def all_good() -> bool:
