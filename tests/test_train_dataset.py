@@ -54,6 +54,38 @@ def test_linked_folders_and_files_are_followed_and_dead_links_named(tmp_path):
         data.open_dataset(folder)
 
 
+def test_of_a_folder_and_links_to_it_the_folder_itself_is_read(tmp_path):
+    write(tmp_path, GOOD | {"z/deep/x.png": PNG, "z/deep/x.txt": "x"})
+    (tmp_path / "a").symlink_to("z")
+    (tmp_path / "b").symlink_to("z/deep")
+    (tmp_path / "z" / "up").symlink_to("..")
+    names, skipped, passed_over = opened(tmp_path)
+    assert names == ["good.png", "z/deep/x.png"]
+    assert (skipped, passed_over) == ({}, {"links to folders that were read already": 3})
+
+
+def test_what_other_systems_hide_is_passed_over(tmp_path):
+    """macOS writes ._x.png beside x.png onto foreign disks and into archives."""
+    hidden = {"._good.png": b"\0", "._good.txt": b"\0", ".git/x.png": PNG, ".git/x.txt": "x", "__MACOSX/._x.png": b""}
+    expected = (["good.png"], {}, {"hidden files": len(hidden)})
+    assert opened(write(tmp_path / "folder", GOOD | hidden)) == expected
+    names, skipped, _ = opened(
+        write_tar(tmp_path / "1.tar", {k: v for k, v in (GOOD | hidden).items() if "git" not in k})
+    )
+    assert (names, skipped) == (["good.png"], {})
+
+
+def test_captions_in_capitals_are_captions(tmp_path):
+    names, skipped, passed_over = opened(write(tmp_path, {"A.PNG": PNG, "A.TXT": "x", "b.Jpg": JPEG, "b.txt": "y"}))
+    assert (names, skipped, passed_over) == (["A.PNG", "b.Jpg"], {}, {})
+
+
+def test_lines_may_end_in_carriage_returns(tmp_path):
+    lines = [{"file_name": name, "text": "x"} for name in ("a.png", "b.png")]
+    write(tmp_path, {"a.png": PNG, "b.png": PNG, "metadata.jsonl": jsonl(lines).replace("\n", "\r")})
+    assert opened(tmp_path) == (["a.png", "b.png"], {}, {})
+
+
 def test_what_is_no_file_is_named_and_nothing_hangs(tmp_path):
     os.mkfifo(write(tmp_path, GOOD) / "pipe.png")
     (tmp_path / "folder.png").mkdir()

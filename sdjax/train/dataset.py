@@ -110,6 +110,11 @@ def _reason(error: Exception) -> str:
     return "not a picture of a known kind" if "cannot identify image file" in reason else reason
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file or a folder on the way to it has a name with a dot in front, as macOS and version control have."""
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
 class _Found:
     """What listing a data set comes upon besides its examples. skipped, passed_over: as in `Dataset`."""
 
@@ -120,9 +125,8 @@ class _Found:
 
     def other(self, name: str) -> None:
         """A file that is no example and belongs to none."""
-        base = name.rpartition("/")[2]
-        suffix = Path(base).suffix.lower()
-        if base.startswith("."):
+        suffix = Path(name).suffix.lower()
+        if _is_hidden(name):
             self.count("hidden files")
         elif suffix in OTHER_PICTURES:
             self.unread.setdefault(suffix, []).append(name)
@@ -258,26 +262,28 @@ def _list(root: Path, captions: bool, found: _Found) -> list[Example]:
 
 def _walk(root: Path, found: _Found) -> Iterator[str]:
     """Files below a folder, links followed, by their paths in it; dead links and what is no file are skipped."""
-    visited = {os.path.realpath(root)}
+    starts, visited = [os.fspath(root)], set[str]()  # links to folders after all that lies below the folder itself
     names: list[Path] = []
 
     def unreadable(error: OSError) -> None:
         found.skipped[os.path.relpath(error.filename, root)] = f"a folder that cannot be read ({error.strerror})"
 
-    for place, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        for name in list(folders):
-            real = os.path.realpath(os.path.join(place, name))
-            if real in visited:
-                folders.remove(name)
+    while starts:
+        for place, folders, files in os.walk(starts.pop(0), onerror=unreadable):
+            if (real := os.path.realpath(place)) in visited:
+                folders.clear()
                 found.count("links to folders that were read already")
+                continue
             visited.add(real)
-        names += [Path(place, name).relative_to(root) for name in files]
-    for path in sorted(names):
-        name = path.as_posix()
-        if (root / path).is_file():
+            folders.sort()
+            starts += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+            names += [Path(place, name).relative_to(root) for name in files]
+    for inside in sorted(names):
+        name = inside.as_posix()
+        if (root / inside).is_file():
             yield name
-        elif (root / path).is_symlink():
-            found.skipped[name] = f"a link to nothing ({os.readlink(root / path)})"
+        elif (root / inside).is_symlink():
+            found.skipped[name] = f"a link to nothing ({os.readlink(root / inside)})"
         else:
             found.skipped[name] = "not a file that can be read, but a device or pipe"
 
@@ -297,24 +303,25 @@ def _skips_layout(name: str, found: _Found) -> bool:
 
 def _loose(folder: Path, files: list[str], captions: bool, found: _Found) -> Iterator[Example]:
     """Pictures with a .txt beside each."""
-    texts = {name for name in files if name.endswith(".txt")}
+    stems = {Path(name).with_suffix(""): name for name in files if Path(name).suffix.lower() == ".txt"}
+    texts = {name for name in stems.values() if not _is_hidden(name)}
     unused = set(texts)
     for name in files:
-        file, beside = folder / name, Path(name).with_suffix(".txt").as_posix()
-        if file.suffix.lower() not in PICTURES or name in found.skipped:
+        file, beside = folder / name, stems.get(Path(name).with_suffix(""))
+        if file.suffix.lower() not in PICTURES or _is_hidden(name):
             if name not in texts and not _skips_layout(name, found):
                 found.other(name)
             continue
-        unused.discard(beside)
+        unused -= {beside}
         try:
             if not captions:
                 own: tuple[str, ...] = ()
-            elif (folder / beside).is_file():
+            elif beside is not None:
                 own = _captions(_caption_file(folder / beside))
             elif has_recipe(file):
                 own = _captions(read_recipe(file).prompt)
             else:
-                raise ValueError(f"no caption, {Path(beside).name} is not there")
+                raise ValueError(f"no caption, {file.with_suffix('.txt').name} is not there")
             size = file.stat().st_size
         except (ValueError, OSError) as error:
             found.skipped[name] = str(error)
@@ -378,7 +385,8 @@ def _whole_text(text: str, where: str = "the text") -> str:
 
 def _jsonl(file: Path) -> Iterator[tuple[int, str | ValueError]]:
     """(line number, line), blank ones left out."""
-    for number, line in enumerate(_decoded(file.read_bytes()).split("\n"), 1):
+    text = _decoded(file.read_bytes())
+    for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
         try:
             if line.strip():
                 yield number, _whole_text(line, "the line")
@@ -509,6 +517,9 @@ def _index(tar: tarfile.TarFile, file: Path, prefix: str, groups: Groups, found:
         suffix, home = f".{suffix.lower()}", groups
         last = Path(base).suffix.lower()
         if member.isdir():
+            continue
+        if base.startswith("."):
+            found.count("hidden files")
             continue
         if not member.isreg() or member.issparse():
             found.skipped[f"{prefix}{member.name}"] = "a link or another special member; put the file itself in"
