@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.recipe import OTHER_TOOLS, Recipe, file_hash
+from sdjax.storage.files import each_once
 
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("seed", "count", "steps", "clip_skip", "width", "height"), int),
@@ -205,7 +206,7 @@ class _WholeFileError(ValueError):
 
 def _object(text: str) -> Fields:
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole)
+        found = json.loads(text, object_pairs_hook=each_once, parse_int=_whole)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error}); each line must hold one whole object {{...}}") from None
     except RecursionError:
@@ -238,14 +239,6 @@ def _of_ours(found: Fields) -> Fields:
                 )
     if recipe.image is not None:
         del fields["width"], fields["height"]  # those of the picture
-    return fields
-
-
-def _once(pairs: list[tuple[str, Any]]) -> Fields:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
     return fields
 
 

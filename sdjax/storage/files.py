@@ -135,6 +135,15 @@ def json_line(entry: dict[str, Any]) -> bytes:
         return (json.dumps(entry) + "\n").encode()
 
 
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object for `json.loads(..., object_pairs_hook=each_once)`. Raises ValueError if a name is there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+    return fields
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -26,6 +26,7 @@ from sdjax.hints import hint
 from sdjax.image import fit, load_image, open_bytes
 from sdjax.recipe import Recipe, has_recipe, read_recipe
 from sdjax.storage.cache import remembered
+from sdjax.storage.files import each_once
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_PICTURES = (
@@ -427,15 +428,8 @@ def _csv(file: Path, captions: bool) -> Iterator[tuple[int, dict | ValueError]]:
 
 
 def _object(text: str) -> dict:
-    def once(pairs: list[tuple[str, object]]) -> dict:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-        return row
-
     try:
-        row = json.loads(text, object_pairs_hook=once)
+        row = json.loads(text, object_pairs_hook=each_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
