@@ -139,7 +139,10 @@ def _job_text(folder: Path) -> str:
     lines = sum(1 for _ in open(folder / "jobs.jsonl", "rb")) if (folder / "jobs.jsonl").is_file() else 0  # noqa: SIM115
     made = sum(file.read_bytes().count(b"\n") for file in folder.glob("manifest*.jsonl"))
     failed = sum(file.read_bytes().count(b"\n") for file in folder.glob("failed*.jsonl"))
-    settings = ", ".join(f"{name} {value}" for name, value in said.items() if name not in ("requests", "content"))
+    shown = {
+        name: value for name, value in said.items() if name not in ("requests", "content") and value not in ("", {})
+    }
+    settings = ", ".join(f"{name} {value}" for name, value in shown.items())
     return f"job         {lines} requests, {made} pictures made, {failed} failed\nsettings    {settings}\n"
 
 
