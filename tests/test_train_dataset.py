@@ -381,16 +381,18 @@ def test_a_picture_without_a_prompt_still_needs_a_caption(tmp_path):
 
 def test_the_command_says_what_is_not_used(tmp_path, capsys, monkeypatch):
     write(tmp_path / "d", {f"{i:02}.png": b"" for i in range(30)} | GOOD | {"notes.md": "", "x.md": ""})
-    monkeypatch.setattr("sdjax.train.loop.claim", lambda *_: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setattr("sdjax.train.command._start", lambda *_: (_ for _ in ()).throw(ValueError("enough")))
     arguments = ["train", "vae", "--data", tmp_path / "d", "--out", tmp_path / "run", "--preset", "tiny", "--skip-bad"]
     assert cli.main([str(argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "sdjax: note: left out 00.png: not a picture of a known kind"
     assert lines[20:] == [
-        "sdjax: note: left out 10 more",
+        f"sdjax: note: left out 10 more, in {tmp_path / 'run' / 'skipped.jsonl'}",
         "sdjax: note: passed over 2 .md files",
         "sdjax: error: enough",
     ]
+    written = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert written == [{"name": f"{i:02}.png", "reason": "not a picture of a known kind"} for i in range(30)]
 
 
 def test_progress_counts_every_picture(tmp_path):

@@ -15,6 +15,7 @@ from sdjax.cli import begin_work
 from sdjax.cli.model import add_conversion, conversion_of
 from sdjax.config import BOX_VISION, PRESETS, CLIPVisionConfig
 from sdjax.hints import hint
+from sdjax.storage.files import json_line, new_file
 from sdjax.train.settings import Settings
 
 PARTS = {
@@ -23,6 +24,8 @@ PARTS = {
     "unet": "the UNet, by the prediction of noise; needs captions, and the other two parts trained",
 }
 VISION = {"small-64": BOX_VISION, "vit-l-14": CLIPVisionConfig()}
+SKIPPED = "skipped.jsonl"
+
 NOTES = 20
 """Most examples that are named of those that were left out."""
 
@@ -97,7 +100,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             on_error="skip" if options.skip_bad else "refuse",
             progress=lambda done, total: bars.update(looking, completed=done, total=total),
         )
-    for line in _left_out(data):
+    for line in _left_out(data, out):
         console.print(f"sdjax: note: {line}", markup=False)
     note = {
         "part": part,
@@ -112,6 +115,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     jax.local_devices()
     begin_work()
     claim(out, settings, note)
+    _write_skipped(data, out)
     model = _start(options, settings, conversion)
     cache = out / "cache"
     if part == "vae":
@@ -138,11 +142,22 @@ def _bars(console: Console) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
 
-def _left_out(data: Any) -> list[str]:
+def _write_skipped(data: Any, out: Path) -> None:
+    """OUT/skipped.jsonl: what was left out and why, a line each; absent if there is nothing of the kind."""
+    file = out / SKIPPED
+    if not data.skipped:
+        file.unlink(missing_ok=True)
+        return
+    with new_file(file, force=True) as temporary:
+        lines = (json_line({"name": name, "reason": reason}) for name, reason in data.skipped.items())
+        temporary.write_bytes(b"".join(lines))
+
+
+def _left_out(data: Any, out: Path) -> list[str]:
     """What of a data set is not used, as lines to print, not more than a screen of them."""
     lines = [f"left out {name}: {reason}" for name, reason in data.skipped.items()]
     if len(lines) > NOTES:
-        lines[NOTES:] = [f"left out {len(lines) - NOTES} more"]
+        lines[NOTES:] = [f"left out {len(lines) - NOTES} more, in {out / SKIPPED}"]
     return lines + [f"passed over {count} {kind}" for kind, count in data.passed_over.items()]
 
 

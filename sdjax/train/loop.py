@@ -1,6 +1,7 @@
 """The training loop: batches in, a model out, and everything in between on disk.
 
     OUT/settings.json   what was asked for; the same command goes on, another one is refused
+    OUT/skipped.jsonl   examples that were left out, and why (`sdjax train --skip-bad`)
     OUT/state/          Orbax checkpoints of the whole `TrainState`, the last two
     OUT/flushed.txt     the newest of them that is on the disk for certain, also after a power cut
     OUT/cache/          latents and text states (UNet)
