@@ -187,7 +187,9 @@ def named_config(given: str | Path) -> ModelConfig:
     try:
         return ModelConfig.from_json(Path(given).read_text("utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{given}: no preset ({', '.join(PRESETS)}) and no config.json of ours ({error})") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        known = ", ".join(PRESETS)
+        raise ValueError(f"{hint('config', str(given))}: no preset ({known}) and no config.json of ours ({why})") from None
 
 
 def _check_arguments(ema: str, prediction: str | None, dtype: str) -> None:
