@@ -10,7 +10,6 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -207,7 +206,12 @@ def contents(source: Source, parts: Iterable[Part]) -> str:
     held = [_WORDS[part] for part in PARTS[::-1] if part in parts]
     if "text" not in parts and (other := other_text_encoder(source)):
         held.append(f"another text encoder, {other}")
-    return " and ".join(held) or "nothing of a Stable Diffusion model"
+    if held:
+        return " and ".join(held)
+    if len(source.tensors) == 1 and [n for n in next(iter(source.tensors.values())).shape if n != 1][-1:] in _WIDTHS:
+        return "a textual inversion embedding"
+    few = ", ".join(list(source.tensors)[:3])
+    return f"nothing of a Stable Diffusion model (its tensors are called {few})"[:300]
 
 
 def other_text_encoder(source: Source) -> str | None:
@@ -219,21 +223,14 @@ def other_text_encoder(source: Source) -> str | None:
     return None
 
 
-def infer_config(path: Path, parts: dict[Part, Located], prediction: str | None) -> tuple[ModelConfig, list[str]]:
-    """The configuration that the shapes tell, and notes on what was decided by less than a shape.
+def infer_config(unet: Located, prediction: str | None) -> tuple[ModelConfig, list[str]]:
+    """The configuration that the shapes of a UNet tell, and notes on what was decided by less than a shape.
 
     prediction: "epsilon" or "v" to say it; None to decide as well as can be.
 
     Raises:
-        CheckpointError: no UNet, or one of an unknown size.
+        CheckpointError: a UNet of an unknown size.
     """
-    if "unet" not in parts:
-        held = " and ".join(_WORDS[part] for part in parts) or "nothing of a Stable Diffusion model"
-        raise CheckpointError(
-            f"{path}: holds {held} and no UNet; "
-            f"give a whole checkpoint, and this file by {hint('vae')} or {hint('text_encoder')}"
-        )
-    unet = parts["unet"]
     source = unet.source
     if CONFIG_KEY in source.metadata:
         try:
@@ -272,6 +269,7 @@ def infer_config(path: Path, parts: dict[Part, Located], prediction: str | None)
     return named(config, f"{config.name}-variant"), notes
 
 
+_WIDTHS = ([768], [1024], [1280])  # of the text encoders that embeddings are for
 _WORDS = {"unet": "a UNet", "vae": "an autoencoder (VAE)", "text": "a text encoder"}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from convert import hub
 from convert.detect import Located, contents, locate
-from convert.diffusers_config import folder_config, read_json
+from convert.diffusers_config import folder_config, read_json, unet_folder
 from convert.names import PARTS, Part
 from convert.source import CheckpointError, Source, open_source
 from sdjax.config import ModelConfig
@@ -162,7 +162,9 @@ def check_folder(path: Path) -> None:
         raise CheckpointError(f"{index}: a link to nothing; the download is not complete, get it again")
     there = sorted(file.name for file in path.iterdir())
     whole = [name for name in there if name.endswith((".ckpt", ".safetensors", ".pt", ".bin"))]
-    if (path.parent / "model_index.json").is_file():
+    if any(re.search(r"lora|^adapter_(config|model)\.", name) for name in there):
+        advice = "it is a LoRA, which is not applied; give the model that it was made for"
+    elif (path.parent / "model_index.json").is_file():
         advice = f"it is a part of {path.parent}; give that one"
     elif whole:
         advice = f"give the file itself, such as {path / whole[0]}"
@@ -181,18 +183,18 @@ def open_folder(
     ema: "yes" takes the UNet in unet_ema, where training scripts keep the moving averages; so does "auto" if there is
     no other. without: parts that are not wanted.
     """
-    config, notes = folder_config(folder)
+    for file in (folder / "tokenizer" / name for name in TOKENIZER_FILES):
+        if file.is_symlink() and not file.exists():
+            raise CheckpointError(f"{file}: a link to nothing{hub.advice(file.parent)}")
+    config, notes = folder_config(folder, ema)
     parts: dict[Part, Located] = {}
     for part in PARTS:
-        inside = folder / FOLDERS[part]
-        averages = folder / f"{FOLDERS[part]}_ema"
-        if averages.is_dir() and (ema == "yes" or (ema == "auto" and not inside.is_dir())):
-            inside = averages
+        inside = unet_folder(folder, ema) if part == "unet" else folder / FOLDERS[part]
         if part in without or not inside.is_dir():
             continue
         parts[part], note = open_part(inside, part, stack, ignore)
         notes += [note] if note else []
-        if inside == averages and ema == "auto":
+        if inside.name.endswith("_ema") and ema == "auto":
             notes.append(f"{inside.name}: the moving averages were taken, there are no other weights")
     return config, parts, notes
 

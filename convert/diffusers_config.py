@@ -75,6 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: larger than {JSON_BOUND} bytes; not a configuration")
         content = path.read_bytes()
         data = json.loads(content)  # in any Unicode encoding
+        json.dumps(data, ensure_ascii=False).encode()  # raises where half of a surrogate pair could not be shown
     except CheckpointError:
         raise
     except (OSError, RecursionError, ValueError) as error:
@@ -314,7 +315,7 @@ def _pad_token(folder: Path, clip: CLIPConfig, notes: list[str]) -> int | None:
     try:
         engine = Tokenizer.from_folder(folder).engine
     except (ValueError, FileNotFoundError) as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{error}{hub.advice(folder)}") from None
     pad = engine.token_to_id(token) if isinstance(token, str) else None
     if pad is None:
         raise fields.wrong("pad_token", "a token of the vocabulary")
@@ -352,6 +353,8 @@ def _schedule_config(path: Path, kind: str | None, notes: list[str]) -> Schedule
         zero_terminal_snr=fields.flag("rescale_betas_zero_snr"),
         trained_betas=betas,
     )
+    if config.steps < 2:
+        raise fields.wrong("num_train_timesteps", "at least 2")
     if config.beta_start >= config.beta_end:
         raise fields.wrong("beta_start", f"smaller than beta_end, {config.beta_end}")
     if betas is not None and len(betas) != config.steps:
@@ -396,8 +399,19 @@ def _check_components(path: Path, index: dict[str, Any], notes: list[str]) -> No
             )
 
 
-def folder_config(folder: Path) -> tuple[ModelConfig, list[str]]:
+def unet_folder(folder: Path, ema: str) -> Path:
+    """Where a diffusers folder keeps the UNet to take; training scripts keep moving averages in unet_ema.
+
+    ema: "yes" takes the averages, "auto" if there is nothing else.
+    """
+    plain, averages = folder / "unet", folder / "unet_ema"
+    return averages if averages.is_dir() and (ema == "yes" or (ema == "auto" and not plain.is_dir())) else plain
+
+
+def folder_config(folder: Path, ema: str = "auto") -> tuple[ModelConfig, list[str]]:
     """The configuration that the JSON files of a diffusers folder describe, and notes on what in them has no effect.
+
+    ema: which UNet's, see `unet_folder`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the model needs something that is not supported.
@@ -406,7 +420,7 @@ def folder_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     path = folder / "model_index.json"
     index = read_json(path)
     _check_components(path, index, notes)
-    unet = _open(folder / "unet" / "config.json", "unet", UNET, notes)
+    unet = _open(unet_folder(folder, ema) / "config.json", "unet", UNET, notes)
     scheduler = index.get("scheduler")
     kind = scheduler[-1] if isinstance(scheduler, list) and scheduler and isinstance(scheduler[-1], str) else None
     unet_config, vae_config = _unet_config(unet), _vae_config(folder / "vae" / "config.json", notes)

@@ -189,7 +189,9 @@ def named_config(given: str | Path) -> ModelConfig:
     except (ValueError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         known = ", ".join(PRESETS)
-        raise ValueError(f"{hint('config', str(given))}: no preset ({known}) and no config.json of ours ({why})") from None
+        raise ValueError(
+            f"{hint('config', str(given))}: no preset ({known}) and no config.json of ours ({why})"
+        ) from None
 
 
 def _check_arguments(ema: str, prediction: str | None, dtype: str) -> None:
@@ -212,8 +214,13 @@ def _prepare(path: Path, asked: Asked, report: Report, stack: ExitStack) -> tupl
         parts["text"] = _open_other(Path(asked.text_encoder), "text", asked.ignore, stack)
     for part, located in parts.items():
         report.parts[part] = str(located.source.path)
-    if "unet" not in parts or config is None:
-        config, notes = infer_config(path, parts, asked.prediction)
+    held = detect.contents(sources[0], found) if sources else "no weights"
+    if "unet" not in parts:
+        advice = [hint(OPTIONS[part]) for part in OPTIONS if part in found]
+        this = f", and this file by {' or '.join(advice)}" if advice else ""
+        raise CheckpointError(f"{path}: holds {held} and no UNet; give a whole checkpoint{this}")
+    if config is None:
+        config, notes = infer_config(parts["unet"], asked.prediction)
         report.notes += notes
     if asked.config is None:
         others: tuple[tuple[Part, str | Path | None], ...] = (("vae", asked.vae), ("text", asked.text_encoder))
@@ -223,7 +230,6 @@ def _prepare(path: Path, asked: Asked, report: Report, stack: ExitStack) -> tupl
                 config = with_part_of(config, part, described, report.notes)
     for part in PARTS:
         if part not in parts:
-            held = detect.contents(sources[0], found) if sources else "no weights"
             raise CheckpointError(
                 f"{path}: holds {held}; {WRITTEN_AS[part]} is missing; give it by {hint(OPTIONS[part])}"
             )

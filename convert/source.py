@@ -50,6 +50,14 @@ LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # the number that opens fil
 
 WHAT_IT_IS = (
     (b"GGUF", "a GGUF file, whose quantised weights are not supported; get the model as .safetensors"),
+    (b"\x89PNG", "a picture, not a checkpoint"),
+    (b"\xff\xd8\xff", "a picture, not a checkpoint"),
+    (b"GIF8", "a picture, not a checkpoint"),
+    (b"RIFF", "a picture or sound, not a checkpoint"),
+    (b"%PDF", "a PDF document, not a checkpoint"),
+    (b"\x7fELF", "a program, not a checkpoint"),
+    (b"MZ", "a program, not a checkpoint"),
+    (b"\x93NUMPY", "an array of numpy; expected a .ckpt or .safetensors"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"\x1f\x8b", "a gzip file; unpack it first"),
     (b"BZh", "a bzip2 file; unpack it first"),
@@ -164,6 +172,10 @@ def open_source(path: str | Path) -> Source:
 
 def what_it_is(head: bytes) -> str | None:
     """What a file is that begins like this, of `WHAT_IT_IS`."""
+    if not head:
+        return "empty, only 0 bytes; the download failed, get the file again"
+    if not any(head):
+        return "filled with zeros; the download failed, get the file again"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((what for magic, what in WHAT_IT_IS if text.startswith(magic)), None)
 
@@ -180,8 +192,12 @@ def _what_else(head: bytes) -> str:
         return "a bare pickle, which torch.save does not write; refused, nothing was run"
     if head[8:9] == b"{":
         return f"a header of {int.from_bytes(head[:8], 'little')} bytes, which no .safetensors file has; get it again"
-    if not any(head):
-        return "filled with zeros; the download failed, get the file again"
+    if head[0] == 8 and head[2] in (0x12, 0x1A):
+        return "an ONNX file, not a checkpoint; get the model as .safetensors"
+    if 0x80 < head[0] <= 0x8F and (0xA0 < head[1] < 0xC0 or head[1] == 0xD9):
+        return "a msgpack file, as Flax writes it; get the model as .safetensors"
+    if all(31 < byte < 127 or byte in b"\t\r\n" for byte in head):
+        return f"a text, not a checkpoint, which begins {head[:40].decode().split(chr(10))[0]!r}; get the file again"
     return "not a checkpoint that is known; expected a .ckpt or .safetensors file"
 
 

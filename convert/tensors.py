@@ -53,7 +53,7 @@ class Tensor:
         finite = math.isfinite(_sum(array)) or bool(np.isfinite(array).all())
         if not finite:
             self.report.notes.append(f"{self.name} holds NaN or infinite values")
-        if self.name in self.zeros.order and not array.any():
+        if self.name in self.zeros.order and finite and not array.any():
             self.report.notes.append(f"{self.name} is zero everywhere")
             self.zeros.add(self.name)
         if array.dtype == target:

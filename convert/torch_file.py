@@ -179,6 +179,11 @@ def _open_archive(file: FileIO) -> tuple[dict[str, Record], bytes, bool]:
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(f"{path}: a TorchScript archive; expected a checkpoint of weights")
     pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+    if names and all(name.endswith(".npy") for name in names):
+        raise CheckpointError(f"{path}: arrays of numpy (.npz); expected a .ckpt or .safetensors")
+    if not pickles:
+        few = ", ".join(ascii(name[:60])[1:-1] for name in names[:3]) or "nothing"
+        raise CheckpointError(f"{path}: a zip archive with 0 data.pkl, which holds {few}; a checkpoint of torch has one")
     if len(pickles) != 1:
         raise CheckpointError(f"{path}: a zip archive with {len(pickles)} data.pkl; a checkpoint of torch has one")
     folder = pickles[0].removesuffix("data.pkl")

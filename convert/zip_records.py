@@ -106,9 +106,13 @@ def locate(file: FileIO, entries: list[Entry], directory: int) -> dict[str, Reco
         signature, flags, method, packed, size, name_size, extra_size = _unpack(HEADER, file, entry.header)
         begin = entry.header + HEADER.size + name_size + extra_size
         free = begin + entry.size
+        if signature == bytes(4):
+            raise _zeros(file)
         if signature != b"PK\x03\x04" or free > directory:
             raise _damaged(file)
         name = read_at(file, entry.header + HEADER.size, name_size).tobytes()
+        if not name or b"\0" in name:
+            raise _zeros(file)
         sizes = {entry.size, ALL_ONES} | ({0} if flags & SIZES_FOLLOW else set())
         if name != entry.name or method or flags & ENCRYPTED or not {packed, size} <= sizes:
             raise CheckpointError(f"{what} is something else by its own header than by the directory; refused")
@@ -160,6 +164,12 @@ def _wide(extra: bytes, numbers: list[int]) -> list[int]:
             break
         extra = extra[4 + size :]
     return numbers
+
+
+def _zeros(file: FileIO) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name}: a part of the file is filled with zeros; the download is not complete, get it again"
+    )
 
 
 def _damaged(file: FileIO) -> CheckpointError:

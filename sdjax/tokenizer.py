@@ -81,7 +81,7 @@ class Tokenizer:
         except OSError:
             raise
         except Exception as error:  # the engine raises no narrower one
-            reason = " ".join(str(error).split())[:200]
+            reason = "".join(c if c.isprintable() else " " for c in str(error))[:200]
             raise ValueError(f"{folder}: not a CLIP tokenizer ({reason or type(error).__name__})") from None
         raise FileNotFoundError(f"{folder}: no tokenizer here; expected vocab.json and merges.txt, or tokenizer.json")
 
