@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     try:
         with _ending_at_ctrl_c():
+            from sdjax.cli import open_streams
+
+            open_streams()
             options = _parser().parse_args(arguments)
             from convert.command import run
         run(options)

@@ -183,7 +183,9 @@ def _open_archive(file: FileIO) -> tuple[dict[str, Record], bytes, bool]:
         raise CheckpointError(f"{path}: arrays of numpy (.npz); expected a .ckpt or .safetensors")
     if not pickles:
         few = ", ".join(ascii(name[:60])[1:-1] for name in names[:3]) or "nothing"
-        raise CheckpointError(f"{path}: a zip archive with 0 data.pkl, which holds {few}; a checkpoint of torch has one")
+        raise CheckpointError(
+            f"{path}: a zip archive with 0 data.pkl, which holds {few}; a checkpoint of torch has one"
+        )
     if len(pickles) != 1:
         raise CheckpointError(f"{path}: a zip archive with {len(pickles)} data.pkl; a checkpoint of torch has one")
     folder = pickles[0].removesuffix("data.pkl")

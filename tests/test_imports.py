@@ -25,7 +25,7 @@ LAYERS = [  # a module imports from lower rows, and from its own without going i
 ]
 ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}
 CONVERT_MAY_USE = ("sdjax.config", "sdjax.types", "sdjax.models.params", "sdjax.checkpoint", "sdjax.tokenizer") + (
-    *("sdjax.hints", "sdjax.storage.files"),
+    *("sdjax.hints", "sdjax.storage.files", "sdjax.cli"),
 )
 ORACLES = ("torch", "transformers", "diffusers")
 
