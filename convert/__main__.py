@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 INTERRUPTED = "sdjax-convert: interrupted; nothing was written"
 
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from convert.command import run
         run(options)
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        with suppress(OSError):
+            print(INTERRUPTED, file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         return _failed(str(error))
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
-    print(f"sdjax-convert: error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # nobody may be there to read it
+        print(f"sdjax-convert: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

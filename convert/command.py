@@ -52,19 +52,21 @@ def _check_places(options: argparse.Namespace) -> None:
     destination = Path(options.destination).absolute()
     if destination.suffix in (".ckpt", ".pt", ".bin"):
         raise ValueError(f"{destination.name}: pickles are not written; choose a .safetensors name or a folder")
+    if options.to == "safetensors" and destination.is_dir():
+        raise IsADirectoryError(f"{options.destination}: a folder; expected the name of a file")
     inputs = [options.source, options.vae, options.text_encoder, None if options.config in PRESETS else options.config]
-    outputs = [destination]
-    if options.report not in (None, "-"):
-        outputs.append(Path(options.report).absolute())
-        if outputs[1].is_dir():
-            raise IsADirectoryError(f"{options.report}: a folder; expected the name of a file for the report")
-        refuse_existing(outputs[1], force=True)
-        inputs.append(options.destination)
+    inputs = [Path(name) for name in inputs if name is not None]
     refuse_existing(destination, options.force)
-    for output in outputs:
-        for name in inputs:
-            if name is not None and not (output is destination and name is options.destination):
-                _refuse_within(output, Path(name))
+    outputs = [(destination, inputs)]
+    if options.report not in (None, "-"):
+        report = Path(options.report).absolute()
+        if report.is_dir():
+            raise IsADirectoryError(f"{options.report}: a folder; expected the name of a file for the report")
+        refuse_existing(report, force=True)
+        outputs.append((report, [*inputs, Path(options.destination)]))
+    for output, others in outputs:
+        for other in others:
+            _refuse_within(output, other)
         _try_to_write(output)
 
 
@@ -118,7 +120,7 @@ def _convert(options: argparse.Namespace, report: Report) -> None:
         else:
             checkpoint.save(destination, config, params, tokenizer=tokenizer, force=options.force)
     for note in report.notes:
-        print(f"note: {note}", file=sys.stderr)
+        _say(f"note: {note}\n", "stderr")
     _say(f"{options.destination}: {config.name}, {to}\n")
 
 
@@ -131,14 +133,14 @@ def _write_report(path: str, report: Report) -> None:
         temporary.write_text(text, "utf-8", errors="backslashreplace")
 
 
-def _say(text: str) -> None:
+def _say(text: str, stream: str = "stdout") -> None:
     """Prints to the output stream. Nobody may be there to read it, or it may lack letters; the work is done anyway."""
     try:
-        print(text, end="", flush=True)
+        print(text, end="", flush=True, file=getattr(sys, stream))
     except UnicodeError:
-        print(ascii(text)[1:-1].replace("\\n", "\n"), end="", flush=True)
+        print(ascii(text)[1:-1].replace("\\n", "\n"), end="", flush=True, file=getattr(sys, stream))
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, so that nothing is flushed into the closed pipe at the end
+        setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115, so that nothing is flushed at the end
 
 
 @contextmanager

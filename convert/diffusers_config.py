@@ -429,8 +429,9 @@ def folder_config(folder: Path, ema: str = "auto") -> tuple[ModelConfig, list[st
     clip = clip if pad_token is None else dataclasses.replace(clip, pad_token=pad_token)
     schedule = _schedule_config(folder / "scheduler" / "scheduler_config.json", kind, notes)
     size = _sample_size(unet, notes) * vae_config.downscale
+    name = folder.name.encode(errors="replace").decode() or "diffusers"  # file names need not be text
     try:
-        config = ModelConfig(folder.name or "diffusers", clip, vae_config, unet_config, schedule, size)
+        config = ModelConfig(name, clip, vae_config, unet_config, schedule, size)
     except ValueError as error:
         raise CheckpointError(f"{folder}: the config files make no model ({error})") from None
     return named(config, config.name), notes
