@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()  # file names need not be text
     with suppress(OSError):  # nobody may be there to read it
-        print(f"sdjax-convert: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"sdjax-convert: error: {line}", file=sys.stderr)
     return 2
 
 

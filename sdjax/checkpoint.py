@@ -92,6 +92,8 @@ def save(
     """
     path = Path(path).absolute()
     _check_tree(params, config, str(path))
+    if not one_file:
+        _refuse_odd_name(path)
     with new_folder(path, force) as folder:
         (folder / "config.json").write_text(config.to_json())
         (folder / SEAL).write_text(_seal(config, params))
@@ -247,6 +249,7 @@ def metadata(path: str | Path) -> Params:
     from orbax.checkpoint import v1 as ocp
 
     _refuse_links(path)
+    _refuse_odd_name(path)
     try:
         stored = ocp.metadata(path / "params").metadata
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -280,6 +283,17 @@ def read_config(path: Path) -> ModelConfig:
         return ModelConfig.from_json(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _refuse_odd_name(path: Path) -> None:
+    """Raises ValueError for a name that Orbax would write to, and not read from."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise ValueError(
+            f"{shown}: a name that is not UTF-8, where no parameters can be stored; choose another"
+        ) from None
 
 
 def _refuse_links(path: Path) -> None:

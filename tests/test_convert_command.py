@@ -143,14 +143,21 @@ def test_a_stream_without_letters_gets_what_it_has(model, tmp_path, monkeypatch)
 def test_names_that_are_no_text_are_taken(model, tmp_path, capsys):
     odd = os.fsdecode(b"m\xff")
     Path("model").rename(odd)
-    assert main([odd, odd + "2", "--report", odd + ".json"]) == 0
-    assert json.loads(Path(odd + ".json").read_text())["source"] == "m\udcff"
-    assert main([odd + "2", odd + ".safetensors"]) == 0
-    assert main([odd + ".safetensors", odd + "3", "--report", "r.txt"]) == 0
-    assert checkpoint.read_config(tmp_path / (odd + "3")).clip == MINI.clip
+    assert main([odd, "two", "--report", odd + ".json"]) == 0
+    assert json.loads(Path(odd + ".json").read_text())["source"] == odd
+    assert main(["two", odd + ".safetensors"]) == 0
+    assert main(["two", odd + " folder", "--to", "diffusers"]) == 0
+    for source in (odd + ".safetensors", odd + " folder"):
+        assert main([source, "three", "--force", "--report", "r.txt"]) == 0
+        assert checkpoint.read_config(tmp_path / "three").clip == MINI.clip
     capsys.readouterr()
     assert main([odd + ".absent", "out"]) == 2
-    assert "m\\udcff.absent: no such file" in capsys.readouterr().err.replace("m\udcff", "m\\udcff")
+    assert "m\\udcff.absent: no such file" in capsys.readouterr().err
+    assert main([odd + " folder", odd + " ours"]) == 2
+    assert "a name that is not UTF-8" in capsys.readouterr().err
+    Path("two").rename(odd + " ours")
+    assert main([odd + " ours", "out"]) == 2
+    assert "a name that is not UTF-8" in capsys.readouterr().err
 
 
 def test_streams_that_are_closed_never_end_in_a_file(model, tmp_path):
