@@ -101,7 +101,7 @@ class _Fields:
                 continue
             what = f"{path}: {name} = {_short.repr(value)}"
             if entry.kind == "refused":
-                expected = " or ".join(map(repr, dict.fromkeys(allowed)))
+                expected = " or ".join(dict.fromkeys(map(repr, allowed)))
                 raise CheckpointError(f"{what} is not supported; expected {expected} ({entry.why})")
             notes.append(f"{what} has no effect: {entry.why}")
         unknown = [n for n in data if n not in table and not n.startswith("_") and data[n] is not None]

@@ -257,10 +257,25 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 """The schedulers of this diffusion process, and the usual values in which they differ from `SCHEDULER`."""
 
+OTHER_TASKS = (
+    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward"),
+    *("cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id"),
+    *("forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty"),
+    *("max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+    *("output_scores", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "sep_token_id"),
+    *("return_dict_in_generate", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss"),
+    *("tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p"),
+    "use_bfloat16",
+)
+"""What transformers up to 4 writes into the configuration of any network whatever."""
+
 EARLIER: dict[str, Table] = {
     "unet": {},
     "vae": {},
     "text": {
+        **{name: _harmless(None, "of generating text and other tasks") for name in OTHER_TASKS},
+        "pruned_heads": _refused({}, "all heads are needed", None),
         "dropout": _harmless(0.0, TRAINING),
         "model_type": _refused(
             "clip_text_model", "this is no CLIP text encoder", "clip", "clip_text_model_with_projection"
@@ -283,7 +298,15 @@ EARLIER: dict[str, Table] = {
         "extra_special_tokens": _harmless(None, FILES),
         "is_local": _harmless(None, FILES),
         "local_files_only": _harmless(None, FILES),
+        "add_bos_token": _harmless(None, "prompts begin and end with their tokens in any case"),
+        "max_length": _harmless(None, "prompts are cut at the length of the text encoder"),
         "model_max_length": _honoured(None),
+        "pad_to_multiple_of": _refused(None, "prompts are filled up to the length of the text encoder"),
+        "pad_token_type_id": _harmless(0, FILES),
+        "padding": _harmless(None, "prompts are always filled up"),
+        "stride": _harmless(0, "prompts are cut, with nothing left over"),
+        "truncation": _harmless(None, "prompts are always cut"),
+        "truncation_strategy": _harmless(None, "prompts are always cut"),
         "name_or_path": _harmless(None, FILES),
         "padding_side": _refused("right", "prompts are filled up on the right"),
         "processor_class": _harmless(None, FILES),

@@ -521,6 +521,20 @@ def test_what_has_no_effect_is_named(described, part, values, says):
     assert FILES[part][0] in note
 
 
+def test_what_earlier_versions_write_of_other_tasks_needs_no_word(described):
+    whole = {"is_decoder": False, "num_beams": 1, "top_k": 50, "id2label": {"0": "LABEL_0"}, "pruned_heads": {}}
+    change(described / "text_encoder/config.json", whole | {"tie_word_embeddings": True, "use_bfloat16": False})
+    token = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False}
+    settings = {"errors": "replace", "max_length": 77, "stride": 0, "truncation_strategy": "longest_first"}
+    engine = {"unk_token": token, "add_bos_token": False, "padding": "max_length", "pad_token_type_id": 0}
+    (described / "tokenizer").mkdir()
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    (described / "tokenizer/vocab.json").write_text(json.dumps(vocabulary))
+    (described / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    (described / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings | engine))
+    assert folder_config(described)[1] == []
+
+
 def test_a_note_reaches_the_report(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "m"))
     change(copy / "unet/config.json", {"new_field": 3})
@@ -545,10 +559,12 @@ def test_a_note_reaches_the_report(folder, tmp_path):
         ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "_class_name"),
         ("vae/config.json", {"out_channels": 4}, "out_channels"),
         ("text_encoder/config.json", {"model_type": "xlm-roberta"}, "model_type"),
+        ("text_encoder/config.json", {"pruned_heads": {"1": [0]}}, "pruned_heads"),
         ("scheduler/scheduler_config.json", {"variance_type": "learned_range"}, "variance_type"),
         ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "use_flow_sigmas"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas has 2 values"),
         ("scheduler/scheduler_config.json", {"beta_end": 0.99}, "no signal"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1}, "num_train_timesteps must be at least 2"),
         ("model_index.json", {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "FlowMatch"),
         ("model_index.json", {"text_encoder": ["alt_diffusion", "RobertaSeriesModel"]}, "RobertaSeriesModel"),
         ("model_index.json", {"depth_estimator": ["transformers", "DPTForDepthEstimation"]}, "depth_estimator"),
