@@ -308,7 +308,8 @@ def _use_ema(unet: Located, config: ModelConfig, ema: str, report: Report) -> bo
     there = {
         leaf
         for name, entry in known_names(config, "unet").items()
-        if undotted(name) in unet.averages
+        for average in unet.averages.get(undotted(name), ())
+        if not unet.names or unet.source.misfit(average, entry.shape, entry.accepts) is None
         for leaf in entry.leaves
     }
     held = f"{len(there)} of {len(leaves)} moving averages (EMA) of the UNet"
@@ -337,7 +338,7 @@ def _match(
         located = parts[part]
         source = located.source
         known = known_names(config, part)
-        taken: dict[Keys, str] = {}
+        taken: dict[Keys, tuple[Entry, str]] = {}
         found = located.names
         if part == "unet" and averaged:
             report.ignored |= {name: "the moving average was taken" for names in found.values() for name in names}
@@ -346,15 +347,15 @@ def _match(
         pairs = [(own, name) for own, names in found.items() if own in known for name in names]
         for own, name in sorted(pairs, key=lambda pair: matches(pair[1], ignore)):  # those to be ignored come last
             entry = known[own]
-            before = next((taken[leaf] for leaf in entry.leaves if leaf in taken), None)
-            if before is not None and (matches(name, ignore) or _is_copy(source, before, name, report)):
+            held = {leaf: taken[leaf] for leaf in entry.leaves if leaf in taken}
+            if held and (matches(name, ignore) or _is_copy(source, held, entry, name, report)):
                 continue
-            taken |= dict.fromkeys(entry.leaves, name)
+            taken |= dict.fromkeys(entry.leaves, (entry, name))
             jobs.append((part, entry, source, name))
             why = source.misfit(name, entry.shape, entry.accepts)
             if why is not None:
                 report.mismatched.append(f"{name} ({why})")
-        report.used += dict.fromkeys(taken.values())
+        report.used += dict.fromkeys(name for _, name in taken.values())
         spelling = _spelling(config, part, (own for own, _ in pairs))
         report.parts[part] = f"{source.path} ({spelling} names)"
         for leaf, name in spelled(config, part, spelling in ("compvis", "openclip")).items():
@@ -363,20 +364,32 @@ def _match(
     return jobs
 
 
-def _is_copy(source: Source, before: str, name: str, report: Report) -> bool:
-    """Whether two tensors that are the same parameter hold the same bits; the second one is then ignored.
+def _is_copy(source: Source, held: dict[Keys, tuple[Entry, str]], entry: Entry, name: str, report: Report) -> bool:
+    """Whether a tensor says again what others say; it is then ignored. held: which tensor has each of its parameters.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: it says something else, or more.
     """
-    usable = source.tensors[before] == source.tensors[name] and not {before, name} & set(source.unusable)
-    if usable and source.read(before).tobytes() == source.read(name).tobytes():
+    before = next(iter(held.values()))[1]
+    found = _leaves_of(source, entry, name)
+    others = {leaf: _leaves_of(source, *holder).get(leaf) for leaf, holder in held.items()}
+    if found.keys() == held.keys() and all(_same_bits(found[leaf], others[leaf]) for leaf in found):
         report.ignored[name] = f"the same numbers as {before}"
         return True
     raise CheckpointError(
         f"{source.path}: two names for one thing, {before} and {name}; "
         f"keep one of the two, or leave one out by {hint('ignore', glob.escape(name))}"
     )
+
+
+def _leaves_of(source: Source, entry: Entry, name: str) -> dict[Keys, np.ndarray]:
+    """What a tensor becomes; nothing if it does not fit."""
+    fits = source.misfit(name, entry.shape, entry.accepts) is None
+    return entry.to_leaves(source.read(name)) if fits else {}
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray | None) -> bool:
+    return other is not None and one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
 def _spelling(config: ModelConfig, part: Part, names: Iterable[str]) -> str:

@@ -255,6 +255,25 @@ def test_identical_copies_are_accepted_and_different_ones_are_named(tmp_path, ca
     assert main([str(tmp_path / "two.safetensors"), str(tmp_path / "out"), *option]) == 0
 
 
+def test_copies_in_another_shape_or_stacked_are_copies(tmp_path):
+    bias = VAE + "decoder.mid.attn_1.q.bias"
+    other = {VAE + "decoder.mid_block.attentions.0.to_q.bias": whole()[bias].reshape(-1, 1, 1)}
+    kernel = VAE + "decoder.mid.attn_1.q.weight"
+    other[VAE + "decoder.mid_block.attentions.0.to_q.weight"] = whole()[kernel].squeeze()
+    converted = read_file(tmp_path, whole() | other)
+    assert_same(converted.params, random_params(MODEL))
+    assert set(converted.report.ignored) == set(other)
+    stacked = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias"
+    pieces = dict(zip("qkv", np.split(whole(OPENCLIP)[stacked], 3), strict=True))
+    names = {x: f"cond_stage_model.model.transformer.resblocks.0.self_attn.{x}_proj.bias" for x in "qkv"}
+    apart = {names[x]: pieces[x] for x in "qkv"}
+    for tensors in (apart | whole(OPENCLIP), whole(OPENCLIP) | apart):
+        assert_same(read_file(tmp_path, tensors, OPENCLIP).params, random_params(OPENCLIP))
+    for wrong in (apart | {names["k"]: pieces["q"]}, {names["q"]: pieces["q"] + 1}):
+        with pytest.raises(CheckpointError, match="two names for one thing"):
+            read_file(tmp_path, whole(OPENCLIP) | wrong, OPENCLIP)
+
+
 # What is not needed is no reason
 
 
@@ -413,6 +432,13 @@ def test_averages_beside_plain_weights_are_taken_when_all_are_there(tmp_path):
     count = len(part(UNET))
     note = f"the file holds {count - 1} of {count} moving averages (EMA) of the UNet; the plain weights were taken"
     assert note in converted.report.notes
+
+
+def test_averages_that_cannot_be_used_are_not_taken(tmp_path):
+    for odd in (np.zeros(3, "i8"), np.zeros(0, "f4"), np.ones((2, 2), "f4")):
+        spoilt = averages(1)
+        spoilt[list(spoilt)[5]] = odd
+        assert_same(read_file(tmp_path, whole() | spoilt).params, random_params(MODEL))
 
 
 def test_half_of_the_averages_alone_is_not_enough(tmp_path):
