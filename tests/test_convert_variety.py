@@ -306,11 +306,14 @@ NOT_USED = (
 )
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("kind", odd_tensors())
+NOT_IN_LEGACY = ("without numbers", "float8")  # torch does not read them back from that format
+
+
+@pytest.mark.parametrize(
+    ("kind", "legacy"),
+    [(kind, False) for kind in odd_tensors()] + [(kind, True) for kind in odd_tensors() if kind not in NOT_IN_LEGACY],
+)
 def test_odd_tensors_that_are_not_needed_are_passed_over(tmp_path, kind, legacy):
-    if legacy and kind in ("without numbers", "float8"):
-        pytest.skip("torch does not read them back from its legacy format")
     state = {name: torch.from_numpy(np.array(array)) for name, array in whole().items()}
     state = {name: odd_tensors()[kind] for name in NOT_USED} | state
     torch.save(state, tmp_path / "m.ckpt", _use_new_zipfile_serialization=not legacy)
