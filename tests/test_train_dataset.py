@@ -402,19 +402,53 @@ def test_progress_counts_every_picture(tmp_path):
     assert dataset.open_dataset is data.open_dataset
 
 
-def test_pictures_that_were_all_good_are_not_decoded_again_until_one_changes(tmp_path, monkeypatch):
+def test_pictures_are_not_decoded_again_until_one_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("SDJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("sdjax.storage.cache.UNSETTLED", -(10**12))
     folder, seen = write(tmp_path / "d", GOOD | {"x.png": PNG, "x.txt": "x"}), []
-    flaw = dataset._flaw
-    monkeypatch.setattr(dataset, "_flaw", lambda example: (seen.append(example.name), flaw(example))[1])
+    error = dataset._error
+    monkeypatch.setattr(dataset, "_error", lambda example: (seen.append(example.name), error(example))[1])
     for count in (2, 2):
         assert len(data.open_dataset(folder)) == 2
         assert len(seen) == count
     (folder / "x.png").write_bytes(CUT)
-    for count in (4, 6):
+    for count in (4, 4):
         assert opened(folder)[0] == ["good.png"]
         assert len(seen) == count
+
+
+def test_what_may_pass_by_is_not_remembered(tmp_path, monkeypatch):
+    """A disk that cannot be read now may be there again the next time."""
+    monkeypatch.setenv("SDJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sdjax.storage.cache.UNSETTLED", -(10**12))
+    folder = write(tmp_path / "d", GOOD | {"x.png": PNG, "x.txt": "x"})
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_content", lambda example: (_ for _ in ()).throw(OSError("stale handle")))
+        with pytest.raises(ValueError, match=r"all are broken: good\.png: stale handle"):
+            data.open_dataset(folder, on_error="skip")
+    assert len(data.open_dataset(folder)) == 2
+
+
+def test_members_whose_names_are_no_text_are_read_or_named(tmp_path, capsys):
+    odd = os.fsdecode(b"m\xff")
+    with tarfile.open(tmp_path / "1.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name, content in {f"{odd}.png": PNG, f"{odd}.txt": b"m", f"{odd}2.png": b"", f"{odd}2.txt": b"m"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    found = data.open_dataset(tmp_path / "1.tar", on_error="skip")
+    assert ([example.name for example in found.examples], list(found.skipped)) == ([f"{odd}.png"], [f"{odd}2.png"])
+    assert len(found.listing) == len(data.fingerprint(found)) == 64
+    arguments = ["train", "vae", "--data", tmp_path / "1.tar", "--out", tmp_path / "run", "--preset", "tiny"]
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert "m\\udcff2.png: not a picture of a known kind" in capsys.readouterr().err.replace(odd, "m\\udcff")
+
+
+@pytest.mark.parametrize("weight", [1e7, 1e300, 10**400])
+def test_weights_that_would_make_an_epoch_endless_are_named(tmp_path, weight):
+    lines = [{"file_name": "good.png", "text": "x"}, {"file_name": "x.png", "text": "x", "weight": weight}]
+    write(tmp_path, {"good.png": PNG, "x.png": PNG, "metadata.jsonl": jsonl(lines)})
+    assert "up to 1,000,000" in opened(tmp_path)[1]["x.png"]
 
 
 def test_a_data_set_is_known_by_what_it_holds_wherever_it_lies(tmp_path):

@@ -3,7 +3,7 @@
 CACHE/converted/   foreign models as our checkpoints, named after a hash of the content (`sdjax.load.converted`)
 CACHE/programs/    compiled programs, by what they compute (JAX's own cache)
 CACHE/digests.json sha256 of large files, by what the file system says of them (`digest_of`)
-CACHE/pictures/    whether all pictures of a data set can be decoded, by the same (`remembered`)
+CACHE/pictures/    which pictures of a data set cannot be decoded, by the same (`remembered`)
 """
 
 from __future__ import annotations
@@ -88,10 +88,17 @@ def digest_of_all(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def remembered(kind: str, key: str, files: Iterable[Path], make: Callable[[], Any]) -> Any:
+def remembered(
+    kind: str,
+    key: str,
+    files: Iterable[Path],
+    make: Callable[[], Any],
+    worth_keeping: Callable[[], bool] = lambda: True,
+) -> Any:
     """What `make` gives, as JSON has it, kept in CACHE/kind as long as `key` and the files are the same.
 
-    Files are compared as in `digest_of`. Where nothing can be kept, it is made each time.
+    Files are compared as in `digest_of`. Where nothing can be kept, it is made each time. worth_keeping: asked after
+    `make`.
 
     Raises:
         OSError: a file is not there.
@@ -105,7 +112,7 @@ def remembered(kind: str, key: str, files: Iterable[Path], make: Callable[[], An
     with suppress(OSError, ValueError):
         return json.loads(kept.read_text("utf-8"))
     made = make()
-    if time.time_ns() - last > UNSETTLED:
+    if time.time_ns() - last > UNSETTLED and worth_keeping():
         with suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             with new_file(kept, force=True) as temporary:

@@ -38,6 +38,9 @@ OTHER_PICTURES = (
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SHARDS = (".tar", ".tgz", ".gz", ".zst", ".zip")
+WEIGHT_MAX = 1_000_000
+"""Most times that an example is drawn for one of weight 1."""
+
 TEXT_MAX = 2**20
 """Bytes of the longest caption file."""
 
@@ -200,33 +203,31 @@ def open_dataset(
 
 
 def _flaws(examples: list[Example], progress: Callable[[int, int], None] | None) -> list[str | None]:
-    """What is wrong with each picture, or None. That all are good is remembered until one of their files changes."""
-    flaws: list[str | None] = []
+    """What is wrong with each picture, or None; remembered until one of their files changes."""
+    errors: list[Exception | None] = []
 
-    def all_good() -> bool:
-        flaws.clear()
+    def decode_all() -> list[str | None]:
         with ThreadPoolExecutor() as pool:
-            for flaw in pool.map(_flaw, examples):
-                flaws.append(flaw)
+            for error in pool.map(_error, examples):
+                errors.append(error)
                 if progress is not None:
-                    progress(len(flaws), len(examples))
-        return not any(flaws)
+                    progress(len(errors), len(examples))
+        return [None if error is None else _reason(error) for error in errors]
+
+    def lasting() -> bool:
+        return not any(isinstance(error, OSError) for error in errors)
 
     places = json.dumps([[example.offset, example.size] for example in examples])
     files = dict.fromkeys(example.file for example in examples)
-    if remembered("pictures", f"{PIL.__version__} {places}", files, all_good):
-        return [None] * len(examples)
-    if len(flaws) < len(examples):
-        all_good()
-    return flaws
+    return remembered("pictures", f"{PIL.__version__} {places}", files, decode_all, lasting)
 
 
-def _flaw(example: Example) -> str | None:
-    """What is wrong with the picture, or None."""
+def _error(example: Example) -> Exception | None:
+    """What is raised when a picture is decoded, or None."""
     try:
         open_bytes(_content(example), "")
     except (OSError, ValueError) as error:
-        return _reason(error)
+        return error
     return None
 
 
@@ -468,8 +469,8 @@ def _weight(value: object) -> float:
         weight = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         weight = math.nan
-    if not 0 < weight < math.inf:
-        raise ValueError(f"weight must be a positive finite number, found {value!r:.40}")
+    if not 0 < weight <= WEIGHT_MAX:
+        raise ValueError(f"weight must be a positive finite number up to {WEIGHT_MAX:,}, found {value!r:.40}")
     return weight
 
 
