@@ -330,6 +330,21 @@ def _pad_token(folder: Path, clip: CLIPConfig, notes: list[str]) -> int | None:
     return pad
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError if one of its files is something else, or the list of merges was cut off."""
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    for file in (vocabulary, merges, folder / "tokenizer.json"):
+        head = file.read_bytes()[:512] if file.is_file() else b"{"
+        kind = None if head.lstrip().startswith(b"{") else what_it_is(head)
+        if kind is not None:
+            raise CheckpointError(f"{file}: {kind}")
+    if vocabulary.is_file() and merges.is_file():
+        words = sum(len(word.removesuffix("</w>")) > 1 and word[:2] != "<|" for word in read_json(vocabulary))
+        lines = merges.read_bytes().count(b"\n")
+        if lines < 0.99 * words:
+            raise CheckpointError(f"{merges}: {lines} lines for {words} words; the file is cut off, get it again")
+
+
 def _schedule_config(path: Path, kind: str | None, notes: list[str]) -> ScheduleConfig:
     """kind: the scheduler's class, of which the usual values are; None if only the file says it."""
     kind = kind or str(read_json(path).get("_class_name", "DDIMScheduler")).removeprefix("Flax")
@@ -425,6 +440,7 @@ def folder_config(folder: Path, ema: str = "auto") -> tuple[ModelConfig, list[st
     kind = scheduler[-1] if isinstance(scheduler, list) and scheduler and isinstance(scheduler[-1], str) else None
     unet_config, vae_config = _unet_config(unet), _vae_config(folder / "vae" / "config.json", notes)
     clip = _clip_config(folder / "text_encoder" / "config.json", notes)
+    _check_tokenizer(folder / "tokenizer")
     pad_token = _pad_token(folder / "tokenizer", clip, notes)
     clip = clip if pad_token is None else dataclasses.replace(clip, pad_token=pad_token)
     schedule = _schedule_config(folder / "scheduler" / "scheduler_config.json", kind, notes)

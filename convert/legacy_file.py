@@ -8,6 +8,7 @@ pickles that it refuses would crash torch or fill the memory.
 from __future__ import annotations
 
 import re
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,17 @@ def open_legacy(path: Path) -> Source:
     except PickleError as error:
         raise CheckpointError(f"{path}: {error}") from None
     try:
-        with torch.serialization.safe_globals([(StandIn, name) for name in CLASSES]):
+        with torch.serialization.safe_globals([(StandIn, name) for name in CLASSES]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd numbers in damaged files
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises almost anything on a damaged file
         line = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the pickle names {named[1]}, which no checkpoint of weights needs" if named else line
+        advice = "" if named else "; if it is damaged, get the file again"
         raise CheckpointError(
             f"{path}: torch refuses this old .ckpt, nothing was run ({type(error).__name__}: {ascii(what[:160])[1:-1]})"
+            f"{advice}"
         ) from None
     found, skipped, metadata = unwrap(state, path, lambda value: isinstance(value, torch.Tensor))
     size = path.stat().st_size
@@ -63,8 +67,8 @@ def open_legacy(path: Path) -> Source:
 
     def read(name: str) -> np.ndarray:
         dtype = DTYPES[tensors[name].dtype]
-        raw = found[name].detach().contiguous().reshape(-1).view(torch.uint8)
-        return raw.numpy().copy().view(dtype).reshape(tensors[name].shape)
+        own = found[name].detach().clone(memory_format=torch.contiguous_format)
+        return own.reshape(-1).view(torch.uint8).numpy().view(dtype).reshape(tensors[name].shape)
 
     return Source(path, "ckpt-legacy", tensors, read, found.clear, skipped, metadata, unusable)
 

@@ -797,6 +797,56 @@ def test_a_download_that_ends_in_zeros_is_refused(tmp_path, capsys, write, share
     assert "again" in refused(capsys, *arguments)
 
 
+@pytest.mark.parametrize("inside", ["unet/" + NAMES[0], "text_encoder/model.safetensors", "vae/" + NAMES[0]])
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_a_part_of_a_folder_that_ends_in_zeros_is_refused(copied, tmp_path, capsys, inside, share):
+    data = (copied / inside).read_bytes()
+    at = int(share * len(data))
+    (copied / inside).write_bytes(data[:at] + bytes(len(data) - at))
+    line = refused(capsys, copied, tmp_path / "out")
+    assert f"{copied / inside}: the end of the file is filled with zeros; the download is not complete" in line
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("begin", "end"), [(0.3, 0.6), (0.5, 1.0), (0.9, 1.0)])
+def test_an_old_checkpoint_with_zeros_in_it_is_refused(tmp_path, capsys, begin, end):
+    write_ckpt(tmp_path / "m.ckpt", whole(), legacy=True)
+    data = (tmp_path / "m.ckpt").read_bytes()
+    begin, end = int(begin * len(data)), int(end * len(data))
+    (tmp_path / "m.ckpt").write_bytes(data[:begin] + bytes(end - begin) + data[end:])
+    arguments = (tmp_path / "m.ckpt", tmp_path / "out", "--config", _json_of(tmp_path))
+    assert "get the file again" in refused(capsys, *arguments)
+
+
+def test_a_single_number_may_have_any_stride(tmp_path):
+    for legacy in (False, True):
+        odd = torch.ones(28).as_strided((1, 1), (7, 28))
+        torch.save({"a": odd}, tmp_path / "m.ckpt", _use_new_zipfile_serialization=not legacy)
+        with open_source(tmp_path / "m.ckpt") as source:
+            np.testing.assert_array_equal(source.read("a"), np.ones((1, 1), "f4"))
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "empty"), (LFS, "git-lfs pointer"), (b"<html>404</html>", "web page"), (bytes(99), "zeros")],
+    ids=["empty", "lfs", "page", "zeros"],
+)
+def test_a_wrong_file_of_a_tokenizer_is_called_what_it_is(copied, tmp_path, capsys, file, content, says):
+    (copied / "tokenizer" / file).write_bytes(content)
+    (copied / "tokenizer" / "tokenizer_config.json").unlink()  # which is not always there
+    line = refused(capsys, copied, tmp_path / "out")
+    assert f"{copied / 'tokenizer' / file}: " in line
+    assert says in line
+
+
+@pytest.mark.parametrize("lines", [1, 1000, 45000])
+def test_merges_that_are_cut_off_are_refused(copied, tmp_path, capsys, lines):
+    merges = copied / "tokenizer" / "merges.txt"
+    merges.write_text("\n".join(merges.read_text().split("\n")[:lines]) + "\n")
+    assert f"{lines} lines for 48894 words; the file is cut off" in refused(capsys, copied, tmp_path / "out")
+
+
 def test_weights_that_are_zero_by_intent_are_taken(tmp_path):
     name = UNET + "out.2.weight"
     tensors = whole() | {name: np.zeros_like(whole()[name])}
