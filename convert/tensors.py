@@ -100,6 +100,7 @@ class Zeros:
 
     RUN = 4
     END = 4096  # bytes
+    LITTLE = 256  # of the weight before one that is zero everywhere
 
     def __init__(self, source: Source, tensors: list[tuple[Entry, str]]) -> None:
         weights = [(entry, name) for entry, name in tensors if not entry.name.endswith("bias")]
@@ -115,11 +116,11 @@ class Zeros:
         ends = []
         for entry, name in self.weights[-2:]:
             array = self.source.read(name).reshape(-1).view(np.uint8)
-            ends.append((not array.any(), not array[-self.END :].any(), entry.leaves[0][0]))
+            ends.append((not array.any(), *(not array[-n:].any() for n in (self.END, self.LITTLE)), entry.leaves[0][0]))
         if not ends:
             return
-        whole, end, key = ends[-1]
-        before = len(ends) == 2 and ends[0][1]
+        whole, end, _, key = ends[-1]
+        before = len(ends) == 2 and ends[0][2]
         if before if whole else end and key != "token_embedding":  # where words may have been added
             raise CheckpointError(
                 f"{self.source.path}: the end of the file is filled with zeros; "
