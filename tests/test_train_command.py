@@ -1,6 +1,7 @@
 """`sdjax train`, as a person uses it."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sdjax.config import TINY
 from sdjax.models.params import random_params
 from sdjax.train import command
 from sdjax.train.settings import Settings
-from tests.small import SMALL
+from tests.small import MINI
 
 FEW = ["--steps", "2", "--batch", "4", "--warmup", "0", "--save-every", "1"]
 
@@ -22,7 +23,8 @@ FEW = ["--steps", "2", "--batch", "4", "--warmup", "0", "--save-every", "1"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("train") / "small.safetensors"
-    write_safetensors(path, SMALL, random_params(SMALL))
+    config = dataclasses.replace(MINI, clip=dataclasses.replace(MINI.clip, vocab_size=TINY.clip.vocab_size))
+    write_safetensors(path, config, random_params(config))
     return str(path)
 
 
