@@ -121,7 +121,7 @@ class Zeros:
             return
         whole, end, _, key = ends[-1]
         before = len(ends) == 2 and ends[0][2]
-        if before if whole else end and key != "token_embedding":  # where words may have been added
+        if before if whole else (end and key != "token_embedding"):  # where words may have been added
             raise CheckpointError(
                 f"{self.source.path}: the end of the file is filled with zeros; "
                 "the download is not complete, get it again"
