@@ -93,7 +93,7 @@ def refused(capsys, *arguments):
 
 
 SOME = settings(
-    max_examples=12,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     database=None,
@@ -222,7 +222,8 @@ def test_one_rename_alone_is_taken(tmp_path, rename):
     config = MODEL if any(re.search(rename[0], name) for name in whole()) else OPENCLIP
     tensors = {re.sub(*rename, name): array for name, array in whole(config).items()}
     assert set(tensors) != set(whole(config))
-    assert_same(read_file(tmp_path, tensors, config).params, random_params(config))
+    write_raw(tmp_path / "m.safetensors", tensors)
+    assert convert.inspect(tmp_path / "m.safetensors", config=config)[1].complete
 
 
 @pytest.mark.parametrize(
