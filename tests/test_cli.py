@@ -154,7 +154,7 @@ def test_without_a_model_the_box_paints_with_its_own_settings(here, capsys):
         (["inpaint", "x", "photo.png"], "the mask is missing"),
         (["info", "photo.png"], "no recipe in this picture"),
         (["info", "nothing"], "no such file or folder"),
-        (["info", "text.ckpt"], "not a checkpoint that is known"),
+        (["info", "text.ckpt"], "text.ckpt: a text, not a checkpoint"),
     ],
 )
 def test_every_mistake_is_one_line_and_leaves_nothing(arguments, says, model, photo, capsys):

@@ -674,7 +674,7 @@ def test_added_tokens_that_no_vocabulary_file_has_are_named(described):
 
 @pytest.mark.parametrize(
     ("vocabulary", "merges"),
-    [({}, "a c\n"), ({}, "a\n"), ({"x": -1}, ""), ({"x": 2**40}, ""), ({"x": "1"}, ""), ({"x": None}, "")],
+    [({}, "a c\n"), ({}, "a\n"), *(({"x": wrong}, "#version: 0.2\n") for wrong in (-1, 2**40, "1", None))],
 )
 def test_a_damaged_vocabulary_is_one_clear_line(described, vocabulary, merges):
     write_vocabulary(described / "tokenizer", tokenizer_config={})
