@@ -33,6 +33,14 @@ def command(cache, *arguments):
     return subprocess.run(full, env=environment, capture_output=True, text=True, check=True)
 
 
+def kept_programs(cache):
+    """name of a program -> the files of that name."""
+    found = sorted(path.name for path in (cache / "programs").glob("*-cache"))
+    return {
+        name.split("-")[0]: [other for other in found if other.split("-")[0] == name.split("-")[0]] for name in found
+    }
+
+
 def test_the_second_process_compiles_only_what_is_damaged(model, tmp_path):
     settings = ["--model", model, "--size", "16x16"]
     warm = command(tmp_path, "warmup", *settings)
@@ -40,11 +48,12 @@ def test_the_second_process_compiles_only_what_is_damaged(model, tmp_path):
     assert any(line.endswith(" s  paint") for line in lines)
     assert any(line.endswith(" s  paint_row") for line in lines)
     assert lines[-1].endswith(f"programs; kept in {tmp_path / 'programs'}")
-    kept = {path.name for path in (tmp_path / "programs").glob("*-cache")}
-    assert kept
+    kept = kept_programs(tmp_path)
+    assert {"jit_paint", "jit_paint_row"} <= set(kept)
     picture = command(tmp_path, "txt2img", "a cat", *settings, "--steps", "3", "-o", str(tmp_path / "cat.png"))
     assert picture.stderr == "", "XLA has nothing to say about programs from the cache"
-    assert {path.name for path in (tmp_path / "programs").glob("*-cache")} == kept
+    after = kept_programs(tmp_path)
+    assert {name: after[name] for name in kept} == kept, "on a busy machine small ones, too, may become worth keeping"
     assert Path(tmp_path / "cat.png").is_file()
     (step,) = (tmp_path / "programs").glob("jit_paint_row-*-cache")
     size = step.stat().st_size
