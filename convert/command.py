@@ -19,6 +19,7 @@ from convert.report import Report
 from convert.write import write_diffusers, write_safetensors
 from sdjax import checkpoint
 from sdjax.config import PRESETS, unusual
+from sdjax.hints import HINTS
 from sdjax.storage.files import new_file, refuse_existing
 
 FOREIGN: dict[str, Any] = {
@@ -100,7 +101,7 @@ def _convert(options: argparse.Namespace, report: Report) -> None:
         if checkpoint.is_checkpoint(source):
             useless = [name for name, default in FOREIGN.items() if getattr(options, name) != default]
             if useless:
-                named = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+                named = ", ".join(HINTS[name].option for name in useless)
                 raise ValueError(f"{source}: a checkpoint of ours, which says everything; leave out {named}")
             dtype = None if options.dtype == "keep" else options.dtype
             config, params = checkpoint.restore(source, dtype=dtype)

@@ -21,7 +21,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -41,7 +40,8 @@ from sdjax.outputs import Files, Manifest, Shards, append
 from sdjax.pipeline import Pipeline
 from sdjax.recipe import Recipe, encoded, file_hash, recipe_of
 from sdjax.request import BATCH, Request
-from sdjax.storage.files import NAME_MAX, flush, json_line, move, new_file, refuse_unwritable
+from sdjax.storage.cache import signature
+from sdjax.storage.files import flush, json_line, move, new_file, refuse_long_names, refuse_unwritable
 
 OWN_FILES = ("jobs.jsonl", "manifest.jsonl", "failed.jsonl", "rejected.jsonl", "job.json")
 """What a job writes besides its pictures."""
@@ -69,9 +69,7 @@ def check_output(out: Path, jobs: Path | None) -> None:
     """
     if "\0" in str(out):
         raise ValueError(f"{str(out)!r}: a zero byte, which no name of a folder can have")
-    for name in out.parts:
-        if (length := len(os.fsencode(name))) > NAME_MAX:
-            raise ValueError(f"{name[:60]}...: a name of {length} bytes; file systems take {NAME_MAX}, shorten it")
+    refuse_long_names(out.parts)
     if out.is_symlink() and not out.exists():
         raise ValueError(f"{out}: a link to nothing; choose another folder")
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
@@ -231,8 +229,7 @@ def _hashed(picture: Any) -> tuple[str, str] | None:
     """An input picture's path and sha256, for the recipe."""
     if picture is None:
         return None
-    found = os.stat(picture)
-    return str(picture), _hash(str(picture), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return str(picture), _hash(str(picture), *signature(Path(picture)))
 
 
 @lru_cache(maxsize=256)

@@ -103,7 +103,7 @@ class Recipe:
                 raise ValueError(f"{unknown[0]!r:.60} is no entry that is known ({made})")
             for name in ADDED:
                 data.setdefault(name, {})
-            for name, kind in typing.get_type_hints(Recipe).items():
+            for name, kind in KINDS.items():
                 if not _fits(kind, data[name]):
                     raise ValueError(f"{name} cannot be {data[name]!r:.60}")
             for name, known in (("task", TASKS), ("sampler", OTHER_TOOLS)):
@@ -135,6 +135,10 @@ class Recipe:
         settings["Version"] = f"sdjax {self.version}"
         lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
         return "\n".join(lines).encode("utf-8", "replace").decode()
+
+
+KINDS = typing.get_type_hints(Recipe)
+"""The type of each field."""
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -16,7 +16,7 @@ from sdjax.cli.terminal import note
 from sdjax.config import ModelConfig
 from sdjax.hints import hint
 from sdjax.request import BATCH, STRENGTHS, Request, check_request, check_settings, parse_size
-from sdjax.storage.files import NAME_MAX, refuse_unwritable
+from sdjax.storage.files import refuse_long_names, refuse_unwritable
 
 DEFAULTS: dict[str, Any] = {
     "prompt": None,
@@ -129,9 +129,7 @@ class Output:
         output = Path(self.given)
         if "\0" in self.given:
             raise ValueError(f"{self.given!r}: a zero byte, which no name of a file can have")
-        for name in (*output.parts, f"{output.name}-{self.seeds[-1]}" if len(self.seeds) > 1 else ""):
-            if (length := len(os.fsencode(name))) > NAME_MAX:
-                raise ValueError(f"{name[:60]}...: a name of {length} bytes; file systems take {NAME_MAX}, shorten it")
+        refuse_long_names((*output.parts, f"{output.name}-{self.seeds[-1]}" if len(self.seeds) > 1 else ""))
         if not self.is_folder and output.suffix.lower() not in FORMATS:
             endings = ", ".join(FORMATS)
             raise ValueError(f"{output}: expected a name that ends in {endings}, or a folder (end it with a slash)")
@@ -144,12 +142,7 @@ class Output:
         if not there.is_dir():
             raise ValueError(f"{there}: is no folder, so {folder} cannot be made in it; choose another name")
         refuse_unwritable(there)
-        longest = os.pathconf(there, "PC_NAME_MAX")
-        for name in (*folder.parts, self.path(self.seeds[-1]).name):
-            if len(os.fsencode(name)) > longest:
-                raise ValueError(
-                    f"{name[:60]}...: a name of {len(os.fsencode(name))} bytes; at most {longest} are possible"
-                )
+        refuse_long_names((*folder.parts, self.path(self.seeds[-1]).name), os.pathconf(there, "PC_NAME_MAX"))
         for seed in self.seeds if folder.is_dir() else ():
             refuse_foreign(self.path(seed))
 

@@ -64,14 +64,14 @@ def digest_of(path: Path) -> str:
     Raises:
         OSError: the file cannot be read. ValueError: it changed while it was read.
     """
-    before = _signature(path)
+    before = signature(path)
     known = _read_index() if before[0] >= LARGE else {}
     place = str(path.resolve())
     if known.get(place, [None])[:-1] == before:
         return str(known[place][-1])
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if _signature(path) != before:
+    if signature(path) != before:
         raise ValueError(f"{path}: changed while it was read; wait until it is written, then start again")
     if before[0] >= LARGE and time.time_ns() - max(before[2:]) > UNSETTLED:
         _remember(place, [*before, digest])
@@ -105,9 +105,9 @@ def remembered(
     """
     digest, last = hashlib.sha256(key.encode()), 0
     for path in files:
-        signature = _signature(path)
-        digest.update(repr([str(path.absolute()), signature]).encode("utf-8", "surrogateescape"))
-        last = max(last, *signature[2:])
+        found = signature(path)
+        digest.update(repr([str(path.absolute()), found]).encode("utf-8", "surrogateescape"))
+        last = max(last, *found[2:])
     kept = cache_folder() / kind / f"{digest.hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         return json.loads(kept.read_text("utf-8"))
@@ -120,7 +120,8 @@ def remembered(
     return made
 
 
-def _signature(path: Path) -> list[int]:
+def signature(path: Path) -> list[int]:
+    """What a file system says of a file's content: its size, inode and times of change."""
     found = path.stat()
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 

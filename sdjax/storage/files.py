@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ def move(path: Path, to: Path) -> None:
     flush(path)
     path.replace(to)
     flush(to.parent)
+
+
+def refuse_long_names(names: Iterable[str], longest: int = NAME_MAX) -> None:
+    """Raises ValueError if a name has more bytes than a file system takes."""
+    for name in names:
+        if (length := len(os.fsencode(name))) > longest:
+            raise ValueError(f"{name[:60]}...: a name of {length} bytes; file systems take {longest}, shorten it")
 
 
 def refuse_unwritable(folder: Path) -> None:

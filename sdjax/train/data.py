@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from sdjax.storage.cache import signature
 from sdjax.storage.files import new_file
 from sdjax.train.dataset import Dataset as Dataset
 from sdjax.train.dataset import Example as Example
@@ -150,10 +151,10 @@ def _fill(file: Path, make: Callable[[int, int], np.ndarray], count: int) -> Non
 
 def fingerprint(dataset: Dataset) -> str:
     """sha256 over names, captions, weights, and sizes, places, inodes and times of change of the files."""
-    stat = lru_cache(maxsize=None)(Path.stat)
+    signed = lru_cache(maxsize=None)(signature)
     digest = hashlib.sha256()
     for example in dataset.examples:
-        found = stat(example.file)
+        found = signed(example.file)
         row = (example.name, example.captions, example.weight, example.offset, example.size)
-        digest.update(json.dumps([*row, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]).encode())
+        digest.update(json.dumps([*row, *found]).encode())
     return digest.hexdigest()
