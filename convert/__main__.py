@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     try:
         with _ending_at_ctrl_c():
-            from sdjax.cli import open_streams
+            from sdjax.storage.files import open_streams
 
             open_streams()
             options = _parser().parse_args(arguments)

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from convert.read import lazy, named_config
 from convert.report import Report
 from convert.write import write_diffusers, write_safetensors
-from sdjax import checkpoint
 from sdjax.config import PRESETS, unusual
 from sdjax.hints import HINTS
+from sdjax.storage import checkpoint
 from sdjax.storage.files import new_file, refuse_existing
 
 FOREIGN: dict[str, Any] = {

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convert.files.source import FLOATS, CheckpointError, Source
 from convert.names import PARTS, Part, known_names, undotted
-from convert.source import FLOATS, CheckpointError, Source
 from sdjax.config import PRESETS, SD15, SD15_INPAINT, SD21, SD21_BASE, ModelConfig
 from sdjax.hints import hint
 

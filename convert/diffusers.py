@@ -14,8 +14,9 @@ from pathlib import Path
 from convert import hub
 from convert.detect import Located, contents, locate
 from convert.diffusers_config import folder_config, read_json, unet_folder
+from convert.files.open import open_source
+from convert.files.source import CheckpointError, Source
 from convert.names import PARTS, Part
-from convert.source import CheckpointError, Source, open_source
 from sdjax.config import ModelConfig
 
 FOLDERS: dict[Part, str] = {"text": "text_encoder", "vae": "vae", "unet": "unet"}
@@ -203,3 +204,26 @@ def without_unused_layers(config: ModelConfig) -> ModelConfig:
     """`config` with the text encoder cut to the layers in use, as diffusers stores it."""
     clip = dataclasses.replace(config.clip, layers=config.clip.layers - config.clip.skip, skip=0, projection=None)
     return dataclasses.replace(config, clip=clip)
+
+
+def needed_files(name: str, files: list[str]) -> list[str]:
+    """Of the files of a hub model, those that converting it reads."""
+    if "model_index.json" not in files:
+        whole = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
+        advice = f"; download {' or '.join(whole[:3])} of it, and give the file" if whole else ""
+        raise NotADiffusersModel(f"{name}: no diffusers model on the hub (model_index.json is missing){advice}")
+    needed = [file for file in files if file.rpartition("/")[2] in JSON_FILES]
+    needed += [f"tokenizer/{file}" for file in TOKENIZER_FILES if f"tokenizer/{file}" in files]
+    for part, folder in FOLDERS.items():
+        inside = [file.removeprefix(f"{folder}/") for file in files if file.startswith(f"{folder}/")]
+        weights = weight_files(inside, part)
+        if not weights:
+            raise NotADiffusersModel(f"{name}: no weights for {folder} on the hub")
+        needed.append(f"{folder}/{weights[0]}")
+        if weights[0].endswith(".json"):
+            needed += [f"{folder}/{file}" for file in shards_of(weights[0], inside)]
+    return needed
+
+
+class NotADiffusersModel(FileNotFoundError):
+    """A hub model without the files of a diffusers folder."""

@@ -17,7 +17,8 @@ from typing import Any
 from convert import hub
 from convert.detect import named
 from convert.diffusers_fields import ALWAYS, EARLIER, SCHEDULER, SCHEDULERS, TEXT, TOKENIZER, UNET, VAE, Table
-from convert.source import CheckpointError, what_it_is
+from convert.files.open import what_it_is
+from convert.files.source import CheckpointError
 from sdjax.config import (
     MOST_BLOCKS,
     MOST_LAYERS,
@@ -28,7 +29,7 @@ from sdjax.config import (
     VAEConfig,
     keeps_signal,
 )
-from sdjax.tokenizer import Tokenizer
+from sdjax.text.tokenizer import Tokenizer
 
 JSON_BOUND = 16 * 2**20  # bytes
 MOST = 1_000_000  # of any whole number

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from convert.source import CheckpointError
+from convert.files.source import CheckpointError
 
 PREFIX = "models--"
 

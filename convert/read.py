@@ -24,12 +24,12 @@ import numpy as np
 from convert import detect, diffusers, hub
 from convert.detect import Located, infer_config, locate, matches, why_not_needed
 from convert.diffusers_config import with_part_of
+from convert.files.open import open_source
+from convert.files.source import DTYPES, CheckpointError, Source
 from convert.names import PARTS, Entry, Part, ema_name, known_names, spelled, undotted
 from convert.names import Path as Keys
 from convert.report import Report
-from convert.source import DTYPES, CheckpointError, Source, open_source
 from convert.tensors import Tensor, Zeros
-from sdjax import checkpoint
 from sdjax.config import PRESETS, ModelConfig
 from sdjax.hints import hint
 from sdjax.types import Params
@@ -107,7 +107,7 @@ def lazy(
 ) -> Iterator[Converted]:
     """As `read`, but each parameter is read when `np.asarray` asks for it, inside the `with` block and once.
 
-    What writes one parameter after another needs no more memory than that (`sdjax.checkpoint.save`, `convert.write`).
+    What writes one parameter after another needs no more memory than that (`storage.checkpoint.save`, `convert.write`).
     """
     _check_arguments(ema, prediction, dtype)
     report = Report(str(path), "") if report is None else report
@@ -198,7 +198,7 @@ def _check_arguments(ema: str, prediction: str | None, dtype: str) -> None:
     for name, value, known in (
         ("ema", ema, ("auto", "yes", "no")),
         ("prediction", prediction, (None, "epsilon", "v")),
-        ("dtype", dtype, (*checkpoint.DTYPES, "keep")),
+        ("dtype", dtype, (*DTYPES, "keep")),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, found {value!r}")

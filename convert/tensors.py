@@ -11,10 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from convert.files.source import DTYPES, CheckpointError, Source
 from convert.names import Entry, Part, Path
 from convert.report import Report
-from convert.source import DTYPES, CheckpointError, Source
-from sdjax.checkpoint import dtype_of
+from sdjax.models.params import dtype_of
 
 KEPT = {"F32", "F16", "BF16"}  # what dtype "keep" leaves as it is; the other floats become float32
 

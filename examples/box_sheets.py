@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 import sdjax
-from sdjax.pipeline import Pipeline
+from sdjax.pipeline.pipeline import Pipeline
 from sdjax.train.plots import sheet
 
 PROMPTS = (

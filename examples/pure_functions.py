@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 import sdjax
-from sdjax import functions
 from sdjax.diffusion.sample import image_keys, initial_noise
+from sdjax.pipeline import functions
 from sdjax.request import Request, plan, stacked
 
 

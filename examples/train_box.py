@@ -22,17 +22,19 @@ import jax
 import numpy as np
 from make_emoji import build
 
-from sdjax.checkpoint import read_tensors, write_tensors
 from sdjax.config import BOX, BOX_VISION
 from sdjax.image import from_uint8
 from sdjax.models.params import initial_params
 from sdjax.models.vae import VAE
-from sdjax.pipeline import Pipeline
-from sdjax.tokenizer import from_merges, learn_merges
-from sdjax.train.data import Dataset, open_dataset
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.storage.checkpoint import read_tensors, write_tensors
+from sdjax.text.tokenizer import from_merges, learn_merges
+from sdjax.train.dataset import Dataset, open_dataset
 from sdjax.train.loop import save_model, train
 from sdjax.train.settings import Settings
-from sdjax.train.tasks import clip_task, unet_task, vae_task
+from sdjax.train.tasks.clip import clip_task
+from sdjax.train.tasks.unet import unet_task
+from sdjax.train.tasks.vae import vae_task
 
 CPU = {
     "vae": Settings(steps=3750, decay=1875, batch=8, learning_rate=1e-3, weight_decay=0.0, flip=True, kl_weight=0.01),

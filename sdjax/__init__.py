@@ -7,16 +7,15 @@ pipe.text_to_image("red heart", seed=1)[0].save("heart.png")
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
 import sys
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
-    from sdjax.checkpoint import cast as cast
-    from sdjax.checkpoint import restore as restore
-    from sdjax.checkpoint import save as save
     from sdjax.config import PRESETS as PRESETS
     from sdjax.config import SD15 as SD15
     from sdjax.config import SD15_INPAINT as SD15_INPAINT
@@ -27,10 +26,13 @@ if TYPE_CHECKING:
     from sdjax.diffusion.samplers import SAMPLERS as SAMPLERS
     from sdjax.diffusion.schedule import SPACINGS as SPACINGS
     from sdjax.load import load as load
+    from sdjax.models.params import cast as cast
     from sdjax.models.params import random_params as random_params
-    from sdjax.pipeline import Pipeline as Pipeline
+    from sdjax.pipeline.pipeline import Pipeline as Pipeline
     from sdjax.request import Request as Request
-    from sdjax.tokenizer import Tokenizer as Tokenizer
+    from sdjax.storage.checkpoint import restore as restore
+    from sdjax.storage.checkpoint import save as save
+    from sdjax.text.tokenizer import Tokenizer as Tokenizer
 
 HOMES = {
     "PRESETS": "config",
@@ -42,18 +44,35 @@ HOMES = {
     "SPACINGS": "diffusion.schedule",
     "TINY": "config",
     "ModelConfig": "config",
-    "Pipeline": "pipeline",
+    "Pipeline": "pipeline.pipeline",
     "Request": "request",
-    "Tokenizer": "tokenizer",
-    "cast": "checkpoint",
+    "Tokenizer": "text.tokenizer",
+    "cast": "models.params",
     "load": "load",
     "random_params": "models.params",
-    "restore": "checkpoint",
-    "save": "checkpoint",
+    "restore": "storage.checkpoint",
+    "save": "storage.checkpoint",
 }
 """The public names, each with the module it is imported from when it is first asked for."""
 
 __all__ = ["__version__", *HOMES]
+
+MOVED = {
+    "sdjax.batch": ("jobs.run",),
+    "sdjax.checkpoint": ("storage.checkpoint", "models.params"),
+    "sdjax.compilation": ("devices.compilation", "pipeline.warmup"),
+    "sdjax.functions": ("pipeline.functions", "pipeline.programs"),
+    "sdjax.hosts": ("jobs.processes",),
+    "sdjax.job_file": ("jobs.job_file",),
+    "sdjax.outputs": ("jobs.outputs",),
+    "sdjax.recipe": ("pipeline.recipe",),
+    "sdjax.sharding": ("devices.placement",),
+    "sdjax.target": ("devices.platform",),
+    "sdjax.tokenizer": ("text.tokenizer",),
+    "sdjax.train.command": ("cli.train",),
+    "sdjax.train.data": ("train.dataset", "train.stream", "train.cache"),
+}
+"""Modules that people may still import under their earlier names, each with the modules that its names are in now."""
 
 
 class _Package(ModuleType):
@@ -65,6 +84,8 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("sdjax")
     if name not in HOMES:
         raise AttributeError(f"module 'sdjax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sdjax.{HOMES[name]}"), name)
@@ -74,4 +95,24 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *HOMES])
 
 
+class _EarlierNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports a module of `MOVED` as one that passes every name on from its new home."""
+
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        earlier, homes = module.__name__, [f"sdjax.{home}" for home in MOVED[module.__name__]]
+        warnings.warn(f"{earlier} has moved to {' and '.join(homes)}", DeprecationWarning, stacklevel=2)
+
+        def passed_on(name: str) -> Any:
+            for home in map(importlib.import_module, homes):
+                if hasattr(home, name):
+                    return getattr(home, name)
+            raise AttributeError(f"module {earlier!r} has no attribute {name!r}; it has moved to {', '.join(homes)}")
+
+        module.__getattr__ = passed_on  # type: ignore[method-assign]
+
+
 sys.modules[__name__].__class__ = _Package
+sys.meta_path.append(_EarlierNames())

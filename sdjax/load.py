@@ -19,14 +19,13 @@ from typing import Any
 
 import jax
 
-import convert
-from sdjax import checkpoint
 from sdjax.config import ModelConfig, unusual
-from sdjax.models.params import count_parameters
-from sdjax.pipeline import Pipeline
-from sdjax.sharding import HERE, Placement
+from sdjax.devices.placement import HERE, Placement
+from sdjax.models.params import count_parameters, dtype_of
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.storage import checkpoint
 from sdjax.storage.cache import cache_folder, digest_of_all
-from sdjax.tokenizer import Tokenizer, clip_tokenizer
+from sdjax.text.tokenizer import Tokenizer, clip_tokenizer
 from sdjax.types import Params
 
 SHORT_NAMES = {
@@ -74,13 +73,13 @@ def load(
     model: a checkpoint of ours (folder), a .ckpt or .safetensors file, a diffusers folder, a hub id ("owner/name"), or
     one of `SHORT_NAMES`. None: the model in the box, which draws 64x64 pictograms.
     dtype: "float32", "bfloat16" or "float16", of parameters and computation.
-    clean: "openai" or "hf", the cleaning of prompts (`sdjax.tokenizer`).
+    clean: "openai" or "hf", the cleaning of prompts (`sdjax.text.tokenizer`).
     placement: the devices (`Pipeline.on`), to which the parameters are restored.
     progress: called with (bytes done, bytes in all) while converting.
     on_config: called with the configuration as soon as it is known, before anything large is read or written; what it
     raises ends the loading.
     on_shapes: called with the configuration and the parameters' shapes before they are restored, so that programs can
-    be compiled meanwhile (`sdjax.compilation`).
+    be compiled meanwhile (`sdjax.devices.compilation`).
     conversion: for foreign files, as in `convert.read`: vae, text_encoder (files for parts to take from elsewhere),
     ema, prediction, config (a preset's name, a path or a `ModelConfig`), ignore.
 
@@ -88,7 +87,7 @@ def load(
         FileNotFoundError: no such file, folder or hub id. ValueError: the file cannot be used; the message says why.
         ConnectionError: the hub could not be reached. TypeError: an option that is not known.
     """
-    checkpoint.dtype_of("unet", dtype)  # before anything slow
+    dtype_of("unet", dtype)  # before anything slow
     given = _given(conversion)
     path = BOX_FOLDER if model is None else find(model)
     foreign = not checkpoint.is_checkpoint(path)
@@ -145,6 +144,8 @@ def _given(conversion: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"load has no option {unknown[0]!r}; for foreign files it has {', '.join(CONVERSION)}")
     given = {name: value for name, value in conversion.items() if value != CONVERSION[name] and value is not None}
     if isinstance(given.get("config"), str | Path):
+        import convert
+
         given["config"] = convert.named_config(given["config"])
     return {name: value for name, value in given.items() if name != "ignore" or len(value)}
 
@@ -153,7 +154,11 @@ def configuration(model: str | Path | None = None, **conversion: Any) -> ModelCo
     """The configuration of a model that `load` would open, from headers alone. Options and errors as `load`."""
     given = _given(conversion)
     path = BOX_FOLDER if model is None else find(model)
-    return checkpoint.read_config(path) if checkpoint.is_checkpoint(path) else convert.configuration(path, **given)
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.read_config(path)
+    import convert
+
+    return convert.configuration(path, **given)
 
 
 def identity(model: str | Path | None = None, **conversion: Any) -> str:
@@ -213,12 +218,14 @@ def download(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    from convert import diffusers
+
     try:
         files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings or []]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=needed_files(name, files)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=diffusers.needed_files(name, files)))
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         raise FileNotFoundError(f"{name}: not on the hub, or not yours to read ({_first_line(error)})") from None
-    except _NotADiffusersModel:
+    except diffusers.NotADiffusersModel:
         raise
     except Exception as error:  # each version of the client raises the errors of another HTTP library
         try:
@@ -234,10 +241,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-class _NotADiffusersModel(FileNotFoundError):
-    """A hub model without the files of a diffusers folder."""
-
-
 def describe(path: Path, **conversion: Any) -> str:
     """What the model at `path` is and holds, in a few lines, from headers alone. Options and errors as `load`."""
     if checkpoint.is_checkpoint(path):
@@ -245,6 +248,8 @@ def describe(path: Path, **conversion: Any) -> str:
         dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(stored)})
         rest = f"stored      as an sdjax checkpoint, {', '.join(dtypes)}\n"
     else:
+        import convert
+
         config, report = convert.inspect(path, **_given(conversion))
         rest = report.text()
     counts = count_parameters(config)
@@ -259,27 +264,6 @@ def describe(path: Path, **conversion: Any) -> str:
     )
 
 
-def needed_files(name: str, files: list[str]) -> list[str]:
-    """Of the files of a hub model, those that converting it reads."""
-    from convert import diffusers
-
-    if "model_index.json" not in files:
-        whole = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
-        advice = f"; download {' or '.join(whole[:3])} of it, and give the file" if whole else ""
-        raise _NotADiffusersModel(f"{name}: no diffusers model on the hub (model_index.json is missing){advice}")
-    needed = [file for file in files if file.rpartition("/")[2] in diffusers.JSON_FILES]
-    needed += [f"tokenizer/{file}" for file in diffusers.TOKENIZER_FILES if f"tokenizer/{file}" in files]
-    for part, folder in diffusers.FOLDERS.items():
-        inside = [file.removeprefix(f"{folder}/") for file in files if file.startswith(f"{folder}/")]
-        weights = diffusers.weight_files(inside, part)
-        if not weights:
-            raise _NotADiffusersModel(f"{name}: no weights for {folder} on the hub")
-        needed.append(f"{folder}/{weights[0]}")
-        if weights[0].endswith(".json"):
-            needed += [f"{folder}/{file}" for file in diffusers.shards_of(weights[0], inside)]
-    return needed
-
-
 def converted(
     path: Path,
     *,
@@ -292,6 +276,9 @@ def converted(
     It is known by the content of the files and by `given` (see `load`); weights keep their stored dtype. Of several
     processes one converts, and the others wait for it. What is to know of the conversion is told as warnings.
     """
+
+    import convert
+
     name = re.sub(r"[^\w.-]", "_", path.resolve().name)[:60]
     target = cache_folder() / "converted" / f"{name}-{_identity(path, given)[:16]}"
     there = _kept_config(target)

@@ -19,18 +19,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sdjax.checkpoint import cast
 from sdjax.config import TINY, ModelConfig, ScheduleConfig
+from sdjax.devices.platform import pinned
 from sdjax.diffusion.denoiser import to_denoiser
 from sdjax.diffusion.samplers import SAMPLERS, first_carry, step
 from sdjax.diffusion.schedule import noise_schedule
 from sdjax.models.clip import TextEncoder
-from sdjax.models.params import random_params
+from sdjax.models.params import cast, random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
-from sdjax.pipeline import Pipeline
-from sdjax.target import pinned
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.text.tokenizer import clip_tokenizer
 from sdjax.types import Array, Level, Params
 
 PROMPTS = ("a photograph of an astronaut riding a horse", "Crème brûlée & 3 “curly” quotes — it's 日本 😀", "")

@@ -22,7 +22,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from convert.source import DTYPES, CheckpointError, open_source
+from convert.files.open import open_source
+from convert.files.source import DTYPES, CheckpointError
 
 MB = 2**20
 LIGHTNING_MODULE = "pytorch_lightning.callbacks.model_checkpoint"

@@ -5,8 +5,8 @@ from functools import cache
 
 from sdjax.config import TINY, CLIPConfig, ModelConfig, SamplingConfig, UNetConfig, VAEConfig
 from sdjax.models.params import random_params
-from sdjax.pipeline import Pipeline
-from sdjax.tokenizer import from_merges, learn_merges
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.text.tokenizer import from_merges, learn_merges
 
 SMALL = dataclasses.replace(
     TINY,

@@ -22,13 +22,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import batch, cli, hosts, job_file, outputs
-from sdjax.checkpoint import save
+from sdjax import cli
+from sdjax.jobs import job_file, outputs
+from sdjax.jobs import processes as hosts
+from sdjax.jobs import run as batch
 from sdjax.models.params import random_params
-from sdjax.pipeline import Pipeline
-from sdjax.recipe import read_recipe
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.recipe import read_recipe
 from sdjax.request import Request
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.storage.checkpoint import save
+from sdjax.text.tokenizer import clip_tokenizer
 from tests.small import SMALL
 from tests.test_outputs import Full, check_whole
 
@@ -326,8 +329,9 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from PIL import Image
-from sdjax import batch, outputs
-from sdjax.hosts import ALONE, join
+from sdjax.jobs import run as batch
+from sdjax.jobs import outputs
+from sdjax.jobs.processes import ALONE, join
 from tests.small import SMALL
 
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sdjax import checkpoint
 from sdjax.config import TINY
-from sdjax.models.params import random_params
-from sdjax.storage import files
+from sdjax.models.params import DTYPES, cast, dtype_of, random_params
+from sdjax.storage import checkpoint, files
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +62,10 @@ def test_what_was_checked_when_it_was_written_is_not_checked_again(tmp_path, one
     assert checks(whole) == 1
 
 
-@pytest.mark.parametrize("dtype", checkpoint.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_restoring_casts_by_the_policy(saved, dtype, tiny_params):
     _, params = checkpoint.restore(saved, dtype=dtype)
-    assert_same(params, jax.tree.map(np.asarray, checkpoint.cast(tiny_params, dtype)))
+    assert_same(params, jax.tree.map(np.asarray, cast(tiny_params, dtype)))
     vae = "float32" if dtype == "float16" else dtype
     assert params["vae"]["quant_conv"]["bias"].dtype == vae
     assert params["unet"]["conv_in"]["bias"].dtype == dtype
@@ -175,4 +174,4 @@ def test_other_folders_are_no_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint here"):
         checkpoint.restore(tmp_path)
     with pytest.raises(ValueError, match="dtype must be one of"):
-        checkpoint.dtype_of("unet", "int8")
+        dtype_of("unet", "int8")

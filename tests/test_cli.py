@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import checkpoint, cli
+from sdjax import cli
 from sdjax.config import BOX
 from sdjax.models.params import random_params
-from sdjax.recipe import read_recipe
+from sdjax.pipeline.recipe import read_recipe
+from sdjax.storage import checkpoint
 from tests.children import interruptible
 from tests.small import SMALL
 
@@ -174,7 +175,7 @@ def test_info_describes_models(model, capsys):
 
 def test_interrupting_keeps_what_is_done(model, here):
     code = (
-        "import sys, sdjax.pipeline as p, sdjax.cli as c\n"
+        "import sys, sdjax.pipeline.pipeline as p, sdjax.cli as c\n"
         "make = p.Pipeline.text_to_image\n"
         "def once(self, *a, seed, **k):\n"
         "    if seed: print('started', flush=True); import time; time.sleep(60)\n"

@@ -10,12 +10,13 @@ import jax
 import pytest
 from PIL import Image
 
-from sdjax import checkpoint
-from sdjax.compilation import compilations, meanwhile, programs_for
-from sdjax.functions import programs
+from sdjax.devices.compilation import compilations, meanwhile
+from sdjax.devices.placement import HERE, Placement
 from sdjax.models.params import random_params
+from sdjax.pipeline.programs import programs
+from sdjax.pipeline.warmup import programs_for
 from sdjax.request import Request
-from sdjax.sharding import HERE, Placement
+from sdjax.storage import checkpoint
 from tests.small import MINI, SMALL, mini
 
 

@@ -19,13 +19,14 @@ from transformers import CLIPTokenizer
 import convert
 from convert.__main__ import main
 from convert.diffusers import without_unused_layers
+from convert.files.open import open_source
+from convert.files.source import CheckpointError
 from convert.names import PARTS, ema_name, entries, text_spelling
-from convert.source import CheckpointError, open_source
 from convert.write import write_diffusers, write_safetensors
-from sdjax import checkpoint
 from sdjax.config import SD15, SD15_INPAINT, SD21, SD21_BASE, TINY
 from sdjax.models.params import random_params
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.storage import checkpoint
+from sdjax.text.tokenizer import clip_tokenizer
 from tests.checkpoint_files import write_ckpt
 from tests.checkpoint_files import write_safetensors as write_raw
 from tests.children import interruptible

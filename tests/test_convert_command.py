@@ -11,8 +11,8 @@ import pytest
 
 from convert.__main__ import main
 from convert.write import write_diffusers
-from sdjax import checkpoint
 from sdjax.models.params import random_params
+from sdjax.storage import checkpoint
 from tests.children import interruptible
 from tests.small import MINI
 
@@ -83,8 +83,8 @@ def everything(path):
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_told_before_a_number_is_read(model, tmp_path, capsys, monkeypatch, arguments, says):
-    monkeypatch.setattr("convert.source.Source.read", lambda *_: pytest.fail("a tensor was read"))
-    monkeypatch.setattr("sdjax.checkpoint.restore", lambda *_, **__: pytest.fail("a checkpoint was read"))
+    monkeypatch.setattr("convert.files.source.Source.read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("sdjax.storage.checkpoint.restore", lambda *_, **__: pytest.fail("a checkpoint was read"))
     before = everything(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()

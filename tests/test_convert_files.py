@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.source import CheckpointError, open_source
+from convert.files.open import open_source
+from convert.files.source import CheckpointError
 from tests.checkpoint_files import (
     lightning_class,
     peak_memory,

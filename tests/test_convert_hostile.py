@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.source import open_source
+from convert.files.open import open_source
 from tests.checkpoint_files import (
     CHANGES,
     FUZZ,

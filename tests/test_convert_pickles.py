@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.source import CheckpointError, open_source
+from convert.files.open import open_source
+from convert.files.source import CheckpointError
 from tests.checkpoint_files import (
     CHANGES,
     FUZZ,

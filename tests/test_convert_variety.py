@@ -25,10 +25,11 @@ import convert
 import sdjax
 from convert.__main__ import main
 from convert.detect import CONFIG_KEY
+from convert.diffusers import needed_files
+from convert.files.open import open_source
+from convert.files.source import CheckpointError
 from convert.names import ema_name
-from convert.source import CheckpointError, open_source
 from convert.write import write_diffusers, write_safetensors
-from sdjax.load import needed_files
 from sdjax.models.params import random_params
 from tests.checkpoint_files import write_ckpt, write_raw_safetensors
 from tests.checkpoint_files import write_safetensors as write_raw

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdjax.devices.platform import use_platform
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
-from sdjax.target import use_platform
 from sdjax.types import Guidance, Level
 
 X0 = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))

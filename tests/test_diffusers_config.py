@@ -27,9 +27,8 @@ import convert
 from convert.__main__ import main
 from convert.diffusers_config import diffusers_json, folder_config
 from convert.diffusers_fields import EARLIER, SCHEDULER, SCHEDULERS, TEXT, TOKENIZER, UNET, VAE
-from convert.source import CheckpointError
+from convert.files.source import CheckpointError
 from convert.write import write_diffusers
-from sdjax import checkpoint
 from sdjax.config import SD15, TINY, CLIPConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig, unusual
 from sdjax.diffusion.schedule import noise_schedule
 from sdjax.load import BOX_FOLDER, describe
@@ -38,6 +37,7 @@ from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE as Autoencoder
 from sdjax.selftest import noise, relative_error
+from sdjax.storage import checkpoint
 from tests.checkpoint_files import FUZZ
 
 BOUND = 2e-5  # relative, in float32

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import checkpoint
 from sdjax.models.params import random_params
+from sdjax.storage import checkpoint
 from sdjax.train.loop import save_model
 from tests.small import SMALL, mini
 

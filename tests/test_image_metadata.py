@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdjax import image as images
-from sdjax.recipe import COMMENT, EXIF_FOLDER, KEY, decoded_comment, has_recipe, read_parameters
+from sdjax.pipeline.recipe import COMMENT, EXIF_FOLDER, KEY, decoded_comment, has_recipe, read_parameters
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8)
 PICTURE = Image.fromarray(PIXELS)

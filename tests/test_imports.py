@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import os
 import subprocess
 import sys
@@ -9,24 +10,25 @@ from pathlib import Path
 
 import pytest
 
+import sdjax
+
 ROOT = Path(__file__).parent.parent
-LAYERS = [  # a module imports from lower rows, and from its own without going in circles
-    {"types", "config", "hints", "target", "hosts", "assets", "assets.make_clip_merges"},
-    {"storage", "storage.files", "storage.cache"},
-    {"models", "models.layers", "models.clip", "models.unet", "models.vae", "models.params"}
-    | {"diffusion", "diffusion.schedule", "tokenizer", "image"},
-    {"diffusion.denoiser", "diffusion.samplers", "diffusion.sample"} | {"diffusion.torch_noise"},
-    {"sharding", "functions", "pipeline", "request", "checkpoint", "recipe"},
-    {f"train.{name}" for name in ("losses", "step", "dataset", "data", "plots", "settings", "tasks", "loop")}
-    | {"train"}
-    | {"jobs", "jobs.forms", "job_file", "outputs", "batch"},
-    {"load", "selftest", "compilation", "train.command", "cli", "cli.__main__"}
-    | {f"cli.{name}" for name in ("run", "options", "terminal", "model", "generate", "batch", "info", "warmup")},
+ROWS = [  # a folder, or a file at the top, imports from rows above its own in this list, and from itself
+    {"sdjax.types", "sdjax.config", "sdjax.hints", "sdjax.assets"},
+    {"sdjax.devices"},
+    {"sdjax.models", "sdjax.text", "sdjax.diffusion", "sdjax.image"},
+    {"sdjax.storage"},
+    {"sdjax.request"},
+    {"convert.files"},
+    {"convert"},
+    {"sdjax.pipeline"},
+    {"sdjax.train", "sdjax.jobs", "sdjax.selftest"},
+    {"sdjax.load"},
+    {"sdjax.cli"},
 ]
-ROW = {f"sdjax.{name}": row for row, names in enumerate(LAYERS) for name in names}
-CONVERT_MAY_USE = ("sdjax.config", "sdjax.types", "sdjax.models.params", "sdjax.checkpoint", "sdjax.tokenizer") + (
-    *("sdjax.hints", "sdjax.storage.files", "sdjax.cli"),
-)
+ROW = {name: row for row, names in enumerate(ROWS) for name in names}
+CONVERT_MAY_USE = {"sdjax.config", "sdjax.types", "sdjax.models", "sdjax.storage", "sdjax.text", "sdjax.hints"}
+CONVERT_USERS = {"sdjax.load", "sdjax.cli"}
 ORACLES = ("torch", "transformers", "diffusers")
 
 
@@ -52,28 +54,33 @@ def imports(module: str):
 
 
 def ours(module: str) -> set[str]:
+    """The modules of this project that a module imports, inside functions too."""
     return {name for name, _ in imports(module) if name.split(".")[0] in ("sdjax", "convert")}
+
+
+def place(module: str) -> str:
+    """The folder, or the file at the top, that a module belongs to: "sdjax.models", "convert"."""
+    parts = module.split(".")
+    return next(".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in ROW)
 
 
 LIBRARY = [name for name in SOURCES if name.startswith("sdjax.")]
 
 
-def test_every_module_has_its_row():
-    assert set(LIBRARY) == set(ROW)
-
-
-@pytest.mark.parametrize("module", LIBRARY)
+@pytest.mark.parametrize("module", sorted(set(SOURCES) - {"sdjax"}))
 def test_imports_point_downwards(module):
-    for name in ours(module) - {"sdjax"}:
-        if not name.startswith("convert"):
-            assert ROW[name] <= ROW[module], f"{module} imports {name}"
+    for name in ours(module):
+        same = place(name) == place(module)
+        assert same or ROW[place(name)] < ROW[place(module)], f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["sdjax.", "convert."])
-def test_imports_do_not_go_in_circles(package):
-    inside = {name for name in SOURCES if name.startswith(package)}
-    graph = {module: {name for name, top in imports(module) if top} & inside for module in inside}
+def test_imports_do_not_go_in_circles():
+    graph = {module: ours(module) & set(SOURCES) for module in SOURCES}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_nobody_imports_the_package_itself():
+    assert not [module for module in SOURCES if "sdjax" in ours(module)]
 
 
 def test_networks_and_diffusion_do_not_know_each_other():
@@ -84,33 +91,27 @@ def test_networks_and_diffusion_do_not_know_each_other():
             assert not [name for name in ours(module) if name.startswith("sdjax.models")], module
 
 
-def test_only_loading_and_the_command_line_know_the_converter():
-    users = {module for module in LIBRARY for name in ours(module) if name.split(".")[0] == "convert"}
-    assert users <= {"sdjax.load"}
-    assert "sdjax.load" in users
+def test_only_loading_and_the_command_line_know_the_converter_and_only_when_they_are_called():
+    found = {
+        (place(module), top) for module in LIBRARY for name, top in imports(module) if name.split(".")[0] == "convert"
+    }
+    assert {name for name, _ in found} <= CONVERT_USERS
+    assert not any(top for _, top in found)
+    assert ("sdjax.load", False) in found
 
 
 def test_the_converter_knows_configurations_shapes_and_checkpoints_alone():
     for module in SOURCES:
         if module.startswith("convert"):
-            assert {name for name in ours(module) if name.startswith("sdjax")} <= set(CONVERT_MAY_USE), module
-
-
-def test_the_package_itself_is_imported_for_its_version_alone():
-    for module in LIBRARY:
-        if "sdjax" in ours(module):
-            names = [
-                node for node in ast.walk(ast.parse(SOURCES[module].read_text())) if isinstance(node, ast.Attribute)
-            ]
-            used = {node.attr for node in names if isinstance(node.value, ast.Name) and node.value.id == "sdjax"}
-            assert used == {"__version__"}, module
+            used = {place(name) for name in ours(module) if name.startswith("sdjax")}
+            assert used <= CONVERT_MAY_USE, module
 
 
 def test_pytorch_is_imported_by_the_legacy_reader_alone_and_only_when_it_runs():
     found = {
         (module, name, top) for module in SOURCES for name, top in imports(module) if name.split(".")[0] in ORACLES
     }
-    assert found == {("convert.legacy_file", "torch", False)}
+    assert found == {("convert.files.torch_legacy", "torch", False)}
 
 
 def test_importing_the_package_brings_in_no_pytorch():
@@ -119,5 +120,19 @@ def test_importing_the_package_brings_in_no_pytorch():
     command = [sys.executable, "-W", "error::ImportWarning", "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr
-    assert "sdjax.pipeline" in run.stdout.split()
+    assert "sdjax.pipeline.pipeline" in run.stdout.split()
     assert not {name.split(".")[0] for name in run.stdout.split()} & set(ORACLES)
+
+
+def test_modules_under_their_earlier_names_still_give_what_was_in_them():
+    for earlier, homes in sdjax.MOVED.items():
+        sys.modules.pop(earlier, None)
+        with pytest.warns(DeprecationWarning, match=f"{earlier} has moved to sdjax.{homes[0]}"):
+            module = importlib.import_module(earlier)
+        for home in homes:
+            inside = importlib.import_module(f"sdjax.{home}")
+            for name in vars(inside):
+                assert hasattr(module, name)
+        with pytest.raises(AttributeError, match=f"has moved to sdjax.{homes[0]}"):
+            module.nothing  # noqa: B018
+        assert sys.modules[f"sdjax.{homes[0]}"].__spec__.name == f"sdjax.{homes[0]}"

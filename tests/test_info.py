@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sdjax import checkpoint, cli
+from sdjax import cli
 from sdjax.models.params import random_params
+from sdjax.storage import checkpoint
 from tests.small import MINI, mini
 
 

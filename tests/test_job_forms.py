@@ -12,13 +12,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdjax import batch, checkpoint, cli, job_file
+from sdjax import cli
 from sdjax.config import SamplingConfig
+from sdjax.jobs import job_file
+from sdjax.jobs import run as batch
 from sdjax.jobs.forms import FIELDS
 from sdjax.models.params import random_params
-from sdjax.recipe import file_hash, recipe_of
+from sdjax.pipeline.recipe import file_hash, recipe_of
 from sdjax.request import Request
-from sdjax.train.data import open_dataset
+from sdjax.storage import checkpoint
+from sdjax.train.dataset import open_dataset
 from tests.small import MINI, mini
 
 
@@ -402,7 +405,7 @@ def test_of_many_bad_lines_twenty_are_named(model, capsys):
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_model_is_read(model, capsys, monkeypatch, jobs, out, says):
-    monkeypatch.setattr("sdjax.checkpoint.restore", lambda *_, **__: pytest.fail("slow work was begun"))
+    monkeypatch.setattr("sdjax.storage.checkpoint.restore", lambda *_, **__: pytest.fail("slow work was begun"))
     Path("j.jsonl").write_text('{"prompt": "a"}')
     Path("file").touch()
     Path("j.xlsx").touch()
@@ -419,7 +422,7 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_read(model, capsys, 
 
 
 def test_lines_that_the_model_cannot_make_are_found_before_it_is_read(model, capsys, monkeypatch):
-    monkeypatch.setattr("sdjax.checkpoint.restore", lambda *_, **__: pytest.fail("slow work was begun"))
+    monkeypatch.setattr("sdjax.storage.checkpoint.restore", lambda *_, **__: pytest.fail("slow work was begun"))
     Path("j.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "steps": 1001}\n{"prompt": "a", "clip_skip": 5}')
     status, shown = command(capsys, "j.jsonl", "-o", "out", *model)
     assert status == 2

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from convert.write import write_safetensors
-from sdjax import checkpoint, cli
+from sdjax import cli
 from sdjax.load import load
 from sdjax.models.params import random_params
 from sdjax.request import Request
+from sdjax.storage import checkpoint
 from tests.small import MINI, mini
 
 EIGHT = dataclasses.replace(MINI, name="eight", unet=dataclasses.replace(MINI.unet, in_channels=8))
@@ -40,7 +41,11 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SDJAX_CACHE", str(tmp_path / "cache"))
-    for slow in ("sdjax.checkpoint.restore", "sdjax.checkpoint.save", "sdjax.compilation.programs_for"):
+    for slow in (
+        "sdjax.storage.checkpoint.restore",
+        "sdjax.storage.checkpoint.save",
+        "sdjax.pipeline.warmup.programs_for",
+    ):
         monkeypatch.setattr(slow, never)
     Image.new("RGB", (8, 8)).save("photo.png")
     Path("photo.jpg").write_bytes(Path("photo.png").read_bytes())
@@ -137,7 +142,7 @@ TRAININGS = [
 def test_a_training_that_cannot_start_is_refused_before_its_pictures_are_looked_at(
     here, models, capsys, monkeypatch, arguments, says
 ):
-    monkeypatch.setattr("sdjax.train.data.open_dataset", lambda *_, **__: pytest.fail("slow work was begun"))
+    monkeypatch.setattr("sdjax.train.stream.open_dataset", lambda *_, **__: pytest.fail("slow work was begun"))
     part, *options = (argument.format(models=models) for argument in arguments)
     assert says in refused(capsys, "train", part, "--data", here, "--out", "run", *options)
     assert not Path("run").exists()

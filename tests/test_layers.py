@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jax.experimental.pallas import tpu as pltpu
 
+from sdjax.devices.platform import use_kernels, use_platform
 from sdjax.models import layers
 from sdjax.models.layers import (
     ACTIVATIONS,
@@ -23,7 +24,6 @@ from sdjax.models.layers import (
     attention,
     tile_rows,
 )
-from sdjax.target import use_kernels, use_platform
 
 HALVES = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # the relative error of rounding once
 

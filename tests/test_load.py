@@ -18,12 +18,13 @@ import pytest
 
 import convert
 import sdjax
+from convert.diffusers import needed_files
 from convert.write import write_diffusers, write_safetensors
-from sdjax import checkpoint
 from sdjax.config import BOX, TINY
-from sdjax.load import BOX_FOLDER, SHORT_NAMES, converted, describe, find, load, needed_files
+from sdjax.load import BOX_FOLDER, SHORT_NAMES, converted, describe, find, load
 from sdjax.models.params import random_params
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.storage import checkpoint
+from sdjax.text.tokenizer import clip_tokenizer
 
 
 @pytest.fixture(scope="module")

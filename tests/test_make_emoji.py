@@ -13,9 +13,9 @@ from PIL import Image
 
 from sdjax.models.params import random_params
 from sdjax.models.vae import VAE
-from sdjax.pipeline import Pipeline
-from sdjax.tokenizer import from_merges
-from sdjax.train.data import open_dataset
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.text.tokenizer import from_merges
+from sdjax.train.dataset import open_dataset
 from tests.small import MINI
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))

@@ -16,14 +16,14 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from sdjax.checkpoint import LAYOUT
 from sdjax.config import SD15, SD15_INPAINT, SD21, TINY, CLIPConfig, UNetConfig, VAEConfig
+from sdjax.devices.platform import use_platform
 from sdjax.models.clip import TextEncoder
 from sdjax.models.layers import SCORE_BOUND
 from sdjax.models.params import abstract_params, count_parameters, random_params
 from sdjax.models.unet import Transformer, UNet, timestep_embedding
 from sdjax.models.vae import VAE, Posterior
-from sdjax.target import use_platform
+from sdjax.storage.checkpoint import LAYOUT
 from tests.test_layers import equations, largest, normal
 
 SMALL = dataclasses.replace(

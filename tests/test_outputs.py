@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sdjax import outputs
-from sdjax.hosts import Share
+from sdjax.jobs import outputs
+from sdjax.jobs.processes import Share
 from tests.test_recipe import RECIPE
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from sdjax import functions
 from sdjax import image as images
 from sdjax.diffusion.sample import image_keys, initial_noise
 from sdjax.diffusion.samplers import SAMPLERS
@@ -24,9 +23,10 @@ from sdjax.diffusion.schedule import noise_schedule, q_sample
 from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
-from sdjax.pipeline import Pipeline
+from sdjax.pipeline import functions
+from sdjax.pipeline.pipeline import Pipeline
 from sdjax.request import Request, plan, stacked
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.text.tokenizer import clip_tokenizer
 from tests.small import SMALL
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.png"

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sdjax.config import TINY
-from sdjax.pipeline import Pipeline
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.text.tokenizer import clip_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import batch, checkpoint, outputs
+from sdjax.jobs import outputs
+from sdjax.jobs import run as batch
 from sdjax.models.params import random_params
-from sdjax.recipe import encoded
-from sdjax.storage import files
+from sdjax.pipeline.recipe import encoded
+from sdjax.storage import checkpoint, files
 from tests.small import MINI
 from tests.test_outputs import check_whole
 from tests.test_recipe import RECIPE

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sdjax.recipe import KEY, Recipe, read_parameters, read_recipe, save_picture
+from sdjax.pipeline.recipe import KEY, Recipe, read_parameters, read_recipe, save_picture
 
 RECIPE = Recipe(
     task="inpaint",

@@ -11,12 +11,11 @@ import pytest
 from PIL import Image
 
 from convert.write import write_safetensors
-from sdjax import checkpoint
 from sdjax.diffusion.schedule import noise_schedule
 from sdjax.load import _identity, configuration, identity, load
 from sdjax.models.params import random_params
 from sdjax.request import Request, plan
-from sdjax.storage import cache
+from sdjax.storage import cache, checkpoint
 from tests.small import MINI, mini
 
 CODE = """

@@ -12,8 +12,8 @@ from sdjax import selftest
 from sdjax.config import TINY
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.models.params import random_params
-from sdjax.pipeline import Pipeline
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.text.tokenizer import clip_tokenizer
 from tests.data import make_selftest
 
 NETWORKS = {"text encoder", "vae encoder, mean", "vae encoder, log-variance", "vae decoder"}

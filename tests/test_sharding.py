@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from sdjax.devices.placement import HERE, Placement
 from sdjax.diffusion.sample import image_keys
-from sdjax.functions import Batch, programs
+from sdjax.pipeline.functions import Batch
+from sdjax.pipeline.programs import programs
 from sdjax.request import Request, plan, stacked
-from sdjax.sharding import HERE, Placement
 from tests.small import MINI, mini
 
 DEVICES = jax.local_devices()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdjax.tokenizer import Tokenizer, clip_tokenizer
+from sdjax.text.tokenizer import Tokenizer, clip_tokenizer
 
 ROWS = json.loads((Path(__file__).parent / "data" / "prompt_ids.json").read_text())
 

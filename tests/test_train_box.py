@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import sdjax
-from sdjax.checkpoint import read_tensors
 from sdjax.models.clip import ImageEncoder
+from sdjax.storage.checkpoint import read_tensors
 from sdjax.train.settings import Settings
 from tests.small import MINI
 from tests.test_train_loop import VISION, enable_cache, write_pictures

@@ -11,9 +11,9 @@ from PIL import Image
 
 from convert.write import write_safetensors
 from sdjax import cli
+from sdjax.cli import train as command
 from sdjax.config import TINY
 from sdjax.models.params import random_params
-from sdjax.train import command
 from sdjax.train.settings import Settings
 from tests.small import MINI
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdjax.train import data
+from sdjax.train import cache, dataset, stream
 
 CAPTIONS = {"a.png": "a red square", "b.jpg": "Ein grüner Kreis, groß", "sub/c.webp": "a cat"}
 COLOURS = {"a.png": (250, 10, 10), "b.jpg": (20, 200, 40), "sub/c.webp": (90, 90, 255)}
@@ -93,7 +93,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_examples(layout, tmp_path):
-    found = data.open_dataset(LAYOUTS[layout](tmp_path))
+    found = dataset.open_dataset(LAYOUTS[layout](tmp_path))
     names = [f"{n}.tar/{name}" for n, name in enumerate(CAPTIONS)] if layout == "tars" else list(CAPTIONS)
     assert [example.name for example in found.examples] == names
     assert [example.captions for example in found.examples] == [(text,) for text in CAPTIONS.values()]
@@ -110,7 +110,7 @@ def test_pictures_alone_need_no_captions(layout, tmp_path):
     path = LAYOUTS[layout](tmp_path)
     for text in tmp_path.rglob("*.txt"):
         text.write_bytes(b"\xff")
-    found = data.open_dataset(path, captions=False)
+    found = dataset.open_dataset(path, captions=False)
     assert [example.captions for example in found.examples] == [(), (), ()]
 
 
@@ -119,7 +119,7 @@ def test_list_of_texts_and_weights_are_read(tmp_path):
         {"file_name": "./a.png", "text": ["one", " two "], "weight": 0.5},
         {"file_name": "b.jpg", "text": "b\u2028b"},
     ]
-    found = data.open_dataset(write(tmp_path, PICTURES | {"metadata.jsonl": jsonl(rows)}))
+    found = dataset.open_dataset(write(tmp_path, PICTURES | {"metadata.jsonl": jsonl(rows)}))
     assert [(e.name, e.captions, e.weight) for e in found.examples] == [
         ("a.png", ("one", "two"), 0.5),
         ("b.jpg", ("b\u2028b",), 1.0),
@@ -127,7 +127,7 @@ def test_list_of_texts_and_weights_are_read(tmp_path):
     table = comma_separated([("a.png", "one", "0.25")], ("file_name", "text", "weight"))
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text(table)
-    assert data.open_dataset(tmp_path).weights.tolist() == [0.25]
+    assert dataset.open_dataset(tmp_path).weights.tolist() == [0.25]
 
 
 PNG = PICTURES["a.png"]
@@ -200,11 +200,11 @@ def broken_set(case, folder):
 def test_broken_example_is_refused_by_name_or_skipped(case, tmp_path):
     path, name, reason = broken_set(case, tmp_path)
     with pytest.raises(ValueError) as refused:
-        data.open_dataset(path)
+        dataset.open_dataset(path)
     for part in (f"{path}: 1 broken of 2 examples: {name}: ", reason, "--skip-bad"):
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
-    found = data.open_dataset(path, on_error="skip")
+    found = dataset.open_dataset(path, on_error="skip")
     assert [example.name for example in found.examples] == ["good.png"]
     assert list(found.skipped) == [name]
     assert reason in found.skipped[name]
@@ -212,7 +212,7 @@ def test_broken_example_is_refused_by_name_or_skipped(case, tmp_path):
 
 def test_csv_row_with_an_unquoted_comma_is_named(tmp_path):
     table = "file_name,text\na.png,red, square\nb.jpg\nsub/c.webp,ok\n"
-    found = data.open_dataset(write(tmp_path, PICTURES | {"metadata.csv": table}), on_error="skip")
+    found = dataset.open_dataset(write(tmp_path, PICTURES | {"metadata.csv": table}), on_error="skip")
     assert [example.name for example in found.examples] == ["sub/c.webp"]
     assert "more fields than columns" in found.skipped["metadata.csv line 2"]
     assert "text is missing" in found.skipped["b.jpg"]
@@ -221,7 +221,7 @@ def test_csv_row_with_an_unquoted_comma_is_named(tmp_path):
 def test_many_broken_examples_are_counted_and_the_first_named(tmp_path):
     write(tmp_path, {f"{n}.png": PNG for n in range(9)} | {"8.txt": "eight"})
     with pytest.raises(ValueError, match=r"8 broken of 9 examples: 0\.png: .*; 2\.png: .*; and 5 more\. Mend"):
-        data.open_dataset(tmp_path)
+        dataset.open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("on_error", ["refuse", "skip"])
@@ -242,21 +242,21 @@ def test_many_broken_examples_are_counted_and_the_first_named(tmp_path):
 )
 def test_folder_that_is_no_data_set_is_refused_in_both_modes(files, reason, on_error, tmp_path):
     with pytest.raises(ValueError, match=reason):
-        data.open_dataset(write(tmp_path, files), on_error=on_error)
+        dataset.open_dataset(write(tmp_path, files), on_error=on_error)
 
 
 def test_when_all_is_broken_nothing_is_left_to_skip(tmp_path):
     with pytest.raises(ValueError, match=r"all are broken: a\.png: no caption"):
-        data.open_dataset(write(tmp_path, {"a.png": PNG}), on_error="skip")
+        dataset.open_dataset(write(tmp_path, {"a.png": PNG}), on_error="skip")
 
 
 def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none: no such folder or \.tar"):
-        data.open_dataset(tmp_path / "none")
+        dataset.open_dataset(tmp_path / "none")
     with pytest.raises(ValueError, match='on_error must be "refuse" or "skip", found \'ignore\''):
-        data.open_dataset(tmp_path, on_error="ignore")
+        dataset.open_dataset(tmp_path, on_error="ignore")
     with pytest.raises(ValueError, match=r"not a folder, and not a \.tar"):
-        data.open_dataset(write(tmp_path, {"a.png": PNG}) / "a.png")
+        dataset.open_dataset(write(tmp_path, {"a.png": PNG}) / "a.png")
 
 
 def test_damage_in_a_shard_is_reported_with_what_comes_before_it_kept(tmp_path):
@@ -278,11 +278,11 @@ def test_damage_in_a_shard_is_reported_with_what_comes_before_it_kept(tmp_path):
         too_long,
     ):
         whole.write_bytes(damaged)
-        found = data.open_dataset(tmp_path, on_error="skip")
+        found = dataset.open_dataset(tmp_path, on_error="skip")
         assert [example.name for example in found.examples] == ["1.tar/0.png", "1.tar/1.png"]
         assert "cut short or damaged" in found.skipped["1.tar"]
         with pytest.raises(ValueError, match=r"1\.tar: cut short or damaged"):
-            data.open_dataset(tmp_path)
+            dataset.open_dataset(tmp_path)
 
 
 def test_member_that_is_twice_in_a_shard_is_reported(tmp_path):
@@ -291,7 +291,7 @@ def test_member_that_is_twice_in_a_shard_is_reported(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    found = data.open_dataset(tmp_path / "1.tar", on_error="skip")
+    found = dataset.open_dataset(tmp_path / "1.tar", on_error="skip")
     assert found.examples[0].captions == ("first",)
     assert list(found.skipped.values()) == ["the name is there twice; the first was kept"]
 
@@ -300,10 +300,10 @@ def test_picture_that_breaks_later_is_named(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     noise.save(tmp_path / "cut.jpg")
     write(tmp_path, {"gone.png": PNG})
-    found = data.open_dataset(tmp_path, captions=False)
+    found = dataset.open_dataset(tmp_path, captions=False)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-1500])
     with pytest.raises(ValueError, match=r"1 broken of 2 examples: cut\.jpg: not a picture that can be read"):
-        data.open_dataset(tmp_path, captions=False)
+        dataset.open_dataset(tmp_path, captions=False)
     (tmp_path / "gone.png").unlink()
     with pytest.raises(ValueError, match=r"^cut\.jpg: not a picture that can be read \(.*truncated"):
         found.picture(0, 8)
@@ -314,7 +314,7 @@ def test_picture_that_breaks_later_is_named(tmp_path):
 def test_shard_is_read_in_place(tmp_path):
     """Nothing is written, and each example's bytes are where its offset says."""
     path = write_tar(tmp_path / "1.tar", PICTURES | TEXTS)
-    found = data.open_dataset(path)
+    found = dataset.open_dataset(path)
     assert list(tmp_path.iterdir()) == [path]
     content = path.read_bytes()
     for example in found.examples:
@@ -354,7 +354,7 @@ def test_every_mode_is_shown_upright_in_rgb_over_white(kind, in_tar, tmp_path):
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions()[suffix], exif=exif, **options)
     files = {f"first{suffix}": buffer.getvalue(), f"x{suffix}": buffer.getvalue()}
-    found = data.open_dataset(
+    found = dataset.open_dataset(
         write_tar(tmp_path / "1.tar", files) if in_tar else write(tmp_path, files), captions=False
     )
     expected = np.repeat([[left] * 8 + [right] * 8], 16, axis=0)
@@ -366,16 +366,16 @@ def test_wide_picture_is_cropped_around_its_centre(tmp_path):
     image = Image.new("RGB", (40, 10), "red")
     image.paste("blue", (15, 0, 25, 10))
     image.save(tmp_path / "a.png")
-    found = data.open_dataset(tmp_path, captions=False)
+    found = dataset.open_dataset(tmp_path, captions=False)
     assert np.array_equal(found.picture(0, 10), np.full((10, 10, 3), (0, 0, 255)))
     assert found.picture(0, 20).shape == (20, 20, 3)
 
 
 def test_each_epoch_visits_every_example_once_in_another_order():
-    epochs = data.order(np.ones(50), 3, 0, 200).reshape(4, 50)
+    epochs = stream.order(np.ones(50), 3, 0, 200).reshape(4, 50)
     assert np.array_equal(np.sort(epochs, axis=1), np.tile(np.arange(50), (4, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert not np.array_equal(epochs[0], data.order(np.ones(50), 4, 0, 50))
+    assert not np.array_equal(epochs[0], stream.order(np.ones(50), 4, 0, 50))
 
 
 weights = st.lists(st.floats(0.05, 5), min_size=1, max_size=12)
@@ -384,16 +384,16 @@ weights = st.lists(st.floats(0.05, 5), min_size=1, max_size=12)
 @settings(deadline=None, max_examples=60)
 @given(weights, st.integers(0, 2**40), st.integers(0, 200), st.integers(0, 60))
 def test_any_window_is_the_slice_of_the_whole_stream(weights, seed, first, count):
-    window = data.order(weights, seed, first, count)
+    window = stream.order(weights, seed, first, count)
     assert window.dtype == np.int64
-    assert np.array_equal(window, data.order(weights, seed, 0, 260)[first : first + count])
+    assert np.array_equal(window, stream.order(weights, seed, 0, 260)[first : first + count])
 
 
 @settings(deadline=None, max_examples=60)
 @given(weights, st.integers(0, 2**40), st.integers(0, 9))
 def test_in_an_epoch_an_example_comes_in_proportion_to_its_weight(weights, seed, epoch):
     length = max(1, int(np.floor(np.sum(weights))))
-    counts = np.bincount(data.order(weights, seed, epoch * length, length), minlength=len(weights))
+    counts = np.bincount(stream.order(weights, seed, epoch * length, length), minlength=len(weights))
     share = np.array(weights) * length / np.sum(weights)
     assert counts.sum() == length
     assert (counts >= np.floor(share - 1e-9)).all()
@@ -401,31 +401,31 @@ def test_in_an_epoch_an_example_comes_in_proportion_to_its_weight(weights, seed,
 
 
 def test_repeats_of_an_example_are_spread_over_the_epoch():
-    assert len({tuple(epoch) for epoch in data.order([5, 5], 0, 0, 200).reshape(20, 10)}) > 10
+    assert len({tuple(epoch) for epoch in stream.order([5, 5], 0, 0, 200).reshape(20, 10)}) > 10
 
 
 def test_whole_weights_are_exact_counts_and_small_ones_hold_on_average():
-    assert Counter(data.order([1, 2, 5], 0, 8, 8).tolist()) == {0: 1, 1: 2, 2: 5}
-    drawn = np.bincount(data.order([1, 0.1, 0.9], 0, 0, 4000)) / 2000
+    assert Counter(stream.order([1, 2, 5], 0, 8, 8).tolist()) == {0: 1, 1: 2, 2: 5}
+    drawn = np.bincount(stream.order([1, 0.1, 0.9], 0, 0, 4000)) / 2000
     np.testing.assert_allclose(drawn, [1, 0.1, 0.9], atol=0.02)  # three standard deviations of 2000 draws of 0.1
-    assert Counter(data.order([0.1] * 10, 0, 0, 1).tolist()).total() == 1
+    assert Counter(stream.order([0.1] * 10, 0, 0, 1).tolist()).total() == 1
 
 
 @pytest.mark.parametrize("wrong", [[], [1, 0], [1, -1], [np.nan], [np.inf]])
 def test_weights_that_are_no_weights_are_refused(wrong):
     with pytest.raises(ValueError, match="weights must be positive finite numbers"):
-        data.order(wrong, 0, 0, 1)
+        stream.order(wrong, 0, 0, 1)
 
 
 def test_caption_depends_on_the_place_alone_and_every_one_comes():
-    example = data.Example("a", ("one", "two", "three"), Path("a"), 0)
-    drawn = [data.caption(example, 7, position) for position in range(3000)]
-    assert drawn[1234] == data.caption(example, 7, 1234)
-    assert drawn != [data.caption(example, 8, position) for position in range(3000)]
+    example = dataset.Example("a", ("one", "two", "three"), Path("a"), 0)
+    drawn = [stream.caption(example, 7, position) for position in range(3000)]
+    assert drawn[1234] == stream.caption(example, 7, 1234)
+    assert drawn != [stream.caption(example, 8, position) for position in range(3000)]
     assert all(850 < number < 1150 for number in Counter(drawn).values())  # 1000, six standard deviations
     assert len(Counter(drawn)) == 3
     with pytest.raises(ValueError, match="a: no caption to draw from"):
-        data.caption(replace(example, captions=()), 7, 0)
+        stream.caption(replace(example, captions=()), 7, 0)
 
 
 def test_prefetch_yields_in_order_from_one_thread_that_works_ahead():
@@ -438,13 +438,13 @@ def test_prefetch_yields_in_order_from_one_thread_that_works_ahead():
             ahead.set()
         return number * 10
 
-    stream = data.prefetch(make, 5, depth=2)
+    taken = stream.prefetch(make, 5, depth=2)
     assert made == []
-    assert next(stream) == 50
+    assert next(taken) == 50
     assert ahead.wait(30)  # 5 is out, 6 and 7 are made while the consumer is busy
     assert made == [5, 6, 7]
-    assert [next(stream) for _ in range(4)] == [60, 70, 80, 90]
-    stream.close()
+    assert [next(taken) for _ in range(4)] == [60, 70, 80, 90]
+    taken.close()
     assert len(threads) == 1
     assert not threads.pop().is_alive()
     assert len(made) <= 7  # nothing after the two ahead of the last one taken
@@ -459,10 +459,10 @@ def test_prefetch_raises_in_the_place_of_the_result_and_its_thread_ends():
             raise KeyError("three")
         return number
 
-    stream = data.prefetch(make, 0)
-    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    taken = stream.prefetch(make, 0)
+    assert [next(taken) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError, match="three"):
-        next(stream)
+        next(taken)
     assert not threads[0].is_alive()
 
 
@@ -473,9 +473,9 @@ def test_closing_prefetch_cancels_what_has_not_begun():
         made.append(number)
         time.sleep(0.005 if number else 0)
 
-    stream = data.prefetch(make, 0, depth=1000)
-    next(stream)
-    stream.close()
+    taken = stream.prefetch(make, 0, depth=1000)
+    next(taken)
+    taken.close()
     assert len(made) < 1000
 
 
@@ -493,7 +493,7 @@ def test_cached_computes_once_in_chunks_and_maps_the_file(tmp_path):
     calls = []
     whole, make = table(calls)
     for _ in range(2):
-        rows = data.cached(tmp_path / "latents.npy", "key", make, 150)
+        rows = cache.cached(tmp_path / "latents.npy", "key", make, 150)
         assert isinstance(rows, np.memmap)
         assert rows.dtype == np.float16
         assert np.array_equal(rows, whole)
@@ -504,15 +504,15 @@ def test_cached_computes_once_in_chunks_and_maps_the_file(tmp_path):
 
 def test_cached_computes_again_for_another_key_number_or_damaged_file(tmp_path):
     path, calls = tmp_path / "latents.npy", []
-    data.cached(path, "key", table(calls)[1], 150)
+    cache.cached(path, "key", table(calls)[1], 150)
     whole, make = table(calls, shift=1.0)
-    assert np.array_equal(data.cached(path, "other", make, 150), whole)
-    assert np.array_equal(data.cached(path, "other", make, 100), whole[:100])
+    assert np.array_equal(cache.cached(path, "other", make, 150), whole)
+    assert np.array_equal(cache.cached(path, "other", make, 100), whole[:100])
     assert len(calls) == 8
     path.write_bytes(path.read_bytes()[:-10])
-    assert np.array_equal(data.cached(path, "other", make, 100), whole[:100])
+    assert np.array_equal(cache.cached(path, "other", make, 100), whole[:100])
     (tmp_path / "latents.json").write_text("{")
-    assert np.array_equal(data.cached(path, "other", make, 100), whole[:100])
+    assert np.array_equal(cache.cached(path, "other", make, 100), whole[:100])
     assert len(calls) == 12
 
 
@@ -526,20 +526,20 @@ def test_cached_leaves_nothing_behind_and_the_old_rows_as_they_were_when_make_fa
         return make(first, last) + np.float16(1)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        data.cached(path, "key", fails, 150)
+        cache.cached(path, "key", fails, 150)
     assert list(tmp_path.iterdir()) == []
-    data.cached(path, "key", make, 150)
+    cache.cached(path, "key", make, 150)
     with pytest.raises(RuntimeError, match="out of memory"):
-        data.cached(path, "other", fails, 150)
+        cache.cached(path, "other", fails, 150)
     calls.clear()
-    assert np.array_equal(data.cached(path, "key", make, 150), whole)
+    assert np.array_equal(cache.cached(path, "key", make, 150), whole)
     assert calls == []
 
 
 def test_new_rows_never_stand_beside_an_old_key(tmp_path, monkeypatch):
     """Killed between the two files, the next run computes again."""
     path, calls = tmp_path / "latents.npy", []
-    data.cached(path, "key", table(calls)[1], 10)
+    cache.cached(path, "key", table(calls)[1], 10)
 
     def killed(self, text):
         raise KeyboardInterrupt
@@ -547,9 +547,9 @@ def test_new_rows_never_stand_beside_an_old_key(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", killed)
         with pytest.raises(KeyboardInterrupt):
-            data.cached(path, "other", table(calls, shift=1.0)[1], 10)
+            cache.cached(path, "other", table(calls, shift=1.0)[1], 10)
     whole, make = table(calls)
-    assert np.array_equal(data.cached(path, "key", make, 10), whole[:10])
+    assert np.array_equal(cache.cached(path, "key", make, 10), whole[:10])
 
 
 @pytest.mark.parametrize(
@@ -564,22 +564,22 @@ def test_new_rows_never_stand_beside_an_old_key(tmp_path, monkeypatch):
 )
 def test_rows_that_are_not_what_was_asked_for_are_refused(make, count, error, message, tmp_path):
     with pytest.raises(error, match=message):
-        data.cached(tmp_path / "a.npy", "key", make, count)
+        cache.cached(tmp_path / "a.npy", "key", make, count)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("layout", ["txt", "tar"])
 def test_fingerprint_changes_with_names_captions_weights_and_files(layout, tmp_path):
     path = LAYOUTS[layout](tmp_path)
-    found = data.open_dataset(path)
-    original = data.fingerprint(found)
-    assert original == data.fingerprint(data.open_dataset(path))
+    found = dataset.open_dataset(path)
+    original = cache.fingerprint(found)
+    assert original == cache.fingerprint(dataset.open_dataset(path))
     first, *rest = found.examples
     changed = [
-        data.fingerprint(data.Dataset((replace(first, **change), *rest), {}))
+        cache.fingerprint(dataset.Dataset((replace(first, **change), *rest), {}))
         for change in (dict(name="z"), dict(captions=("z",)), dict(weight=2.0))
     ]
-    changed.append(data.fingerprint(data.Dataset(tuple(rest), {})))
+    changed.append(cache.fingerprint(dataset.Dataset(tuple(rest), {})))
     first.file.touch()
-    changed.append(data.fingerprint(found))
+    changed.append(cache.fingerprint(found))
     assert len({original, *changed}) == 6

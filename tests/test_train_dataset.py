@@ -17,9 +17,10 @@ from PIL import Image
 
 from sdjax import cli
 from sdjax.config import SamplingConfig
-from sdjax.recipe import encoded, recipe_of
+from sdjax.pipeline.recipe import encoded, recipe_of
 from sdjax.request import Request
-from sdjax.train import data, dataset
+from sdjax.train import dataset
+from sdjax.train import stream as data
 from tests.test_train_data import PNG, comma_separated, jsonl, write, write_tar
 
 JPEG = io.BytesIO()
@@ -381,7 +382,7 @@ def test_a_picture_without_a_prompt_still_needs_a_caption(tmp_path):
 
 def test_the_command_says_what_is_not_used(tmp_path, capsys, monkeypatch):
     write(tmp_path / "d", {f"{i:02}.png": b"" for i in range(30)} | GOOD | {"notes.md": "", "x.md": ""})
-    monkeypatch.setattr("sdjax.train.command._start", lambda *_: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setattr("sdjax.cli.train._start", lambda *_: (_ for _ in ()).throw(ValueError("enough")))
     arguments = ["train", "vae", "--data", tmp_path / "d", "--out", tmp_path / "run", "--preset", "tiny", "--skip-bad"]
     assert cli.main([str(argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()

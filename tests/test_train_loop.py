@@ -19,16 +19,20 @@ from PIL import Image, ImageDraw
 
 import sdjax
 from convert.__main__ import main as convert_main
-from sdjax import checkpoint
 from sdjax.config import CLIPVisionConfig
 from sdjax.models.params import random_params
-from sdjax.pipeline import Pipeline
-from sdjax.tokenizer import from_merges
-from sdjax.train import loop, tasks
-from sdjax.train.data import open_dataset
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.storage import checkpoint
+from sdjax.text.tokenizer import from_merges
+from sdjax.train import loop
+from sdjax.train.dataset import open_dataset
 from sdjax.train.loop import claim, train
 from sdjax.train.settings import Settings
-from sdjax.train.tasks import Task, clip_task, unet_task, vae_task
+from sdjax.train.tasks import task as tasks
+from sdjax.train.tasks.clip import clip_task
+from sdjax.train.tasks.task import Task
+from sdjax.train.tasks.unet import unet_task
+from sdjax.train.tasks.vae import vae_task
 from tests.small import COLOURS, MINI, mini
 
 VISION = CLIPVisionConfig(image_size=16, patch=8, width=16, layers=1, heads=2, mlp_width=32, projection=16)

@@ -72,19 +72,18 @@ import jax
 import numpy as np
 
 import sdjax
-from sdjax import batch as jobs
-from sdjax.checkpoint import cast
-from sdjax.compilation import compilations
 from sdjax.config import SD15
+from sdjax.devices.compilation import compilations
 from sdjax.diffusion.sample import image_keys, initial_noise, sample
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
-from sdjax.functions import Inputs, MakeDenoiser, encode_text, generate_latents, text_kv, time_tables
-from sdjax.models.params import random_params
-from sdjax.pipeline import Pipeline
-from sdjax.recipe import recipe_of, save_picture
+from sdjax.jobs import run as jobs
+from sdjax.models.params import cast, random_params
+from sdjax.pipeline.functions import Inputs, MakeDenoiser, encode_text, generate_latents, text_kv, time_tables
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.recipe import recipe_of, save_picture
 from sdjax.request import BATCH, Request, plan, stacked
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.text.tokenizer import clip_tokenizer
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -39,13 +39,13 @@ import numpy as np
 from PIL import Image
 
 import sdjax
-from sdjax.checkpoint import read_tensors
 from sdjax.config import BOX_VISION
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.functions import decode_latents, encode_images
 from sdjax.image import from_uint8
 from sdjax.models.clip import ImageEncoder, TextEncoder
-from sdjax.pipeline import Pipeline
+from sdjax.pipeline.functions import decode_latents, encode_images
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.storage.checkpoint import read_tensors
 from sdjax.train.plots import curves, sheet
 
 BATCH = 32

@@ -33,10 +33,10 @@ import jax
 import jax._src.cudnn.fused_attention_stablehlo as fused_attention
 from jax.experimental import topologies
 
-from sdjax.compilation import programs_for
 from sdjax.config import SD15
+from sdjax.devices.placement import Placement
+from sdjax.pipeline.warmup import programs_for
 from sdjax.request import Request
-from sdjax.sharding import Placement
 
 TARGET = Path(__file__).with_name("h200_target.txtpb")
 COMPUTE_CAPABILITY = 9.0  # as in TARGET

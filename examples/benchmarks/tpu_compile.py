@@ -75,12 +75,13 @@ import jax.numpy as jnp
 from gpu_compile import score_matrices
 from jax.experimental import topologies
 
-from sdjax.compilation import Lower, programs_for
 from sdjax.config import SD15
+from sdjax.devices.compilation import Lower
+from sdjax.devices.placement import Placement
 from sdjax.models.params import abstract_params
 from sdjax.models.unet import UNet
+from sdjax.pipeline.warmup import programs_for
 from sdjax.request import Request
-from sdjax.sharding import Placement
 
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
 SMALL_SCORES = 256 * 256

@@ -43,8 +43,8 @@ from convert.diffusers_config import diffusers_json
 from convert.names import entries
 from sdjax.config import SD15
 from sdjax.diffusion.sample import image_keys
-from sdjax.functions import Inputs, MakeDenoiser, generate_latents, text_kv, time_tables
 from sdjax.models.params import random_params
+from sdjax.pipeline.functions import Inputs, MakeDenoiser, generate_latents, text_kv, time_tables
 from sdjax.request import Request, plan, stacked
 from sdjax.types import Level, Params
 

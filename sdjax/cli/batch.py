@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sdjax.cli import begin_work
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
+from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import console, error, note
 from sdjax.request import Request, check_request, check_settings
 
@@ -29,8 +29,8 @@ NOTES = 20
 
 def batch(options: argparse.Namespace) -> int:
     """A job file in, pictures out; exit status 1 if some could not be made."""
-    from sdjax import batch as jobs
-    from sdjax.hosts import ALONE, join
+    from sdjax.jobs import run as jobs
+    from sdjax.jobs.processes import ALONE, join
     from sdjax.load import configuration, identity
 
     check_settings(batch=options.batch)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdjax.cli import begin_work
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
+from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import note
 from sdjax.config import ModelConfig
 from sdjax.hints import hint
@@ -45,8 +45,8 @@ NAME_BYTES = 120
 
 def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
-    from sdjax.pipeline import pixels_of
-    from sdjax.recipe import file_hash, recipe_of, save_picture
+    from sdjax.pipeline.pipeline import pixels_of
+    from sdjax.pipeline.recipe import file_hash, recipe_of, save_picture
 
     settings = _settings(options)
     given = settings.pop("size")
@@ -124,7 +124,7 @@ class Output:
 
     def check(self) -> None:
         """Raises ValueError or OSError unless every picture can be written, as far as that shows beforehand."""
-        from sdjax.recipe import FORMATS, refuse_foreign
+        from sdjax.pipeline.recipe import FORMATS, refuse_foreign
 
         output = Path(self.given)
         if "\0" in self.given:
@@ -161,8 +161,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Command line before recipe before defaults."""
     settings = dict(DEFAULTS)
     if options.recipe is not None:
-        from sdjax.recipe import read_recipe
-        from sdjax.target import environment
+        from sdjax.devices.platform import environment
+        from sdjax.pipeline.recipe import read_recipe
 
         recipe = read_recipe(options.recipe)
         if recipe.task != options.task:

@@ -60,7 +60,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _picture_text(path: Path) -> str:
-    from sdjax.recipe import KEY, read_parameters, read_recipe
+    from sdjax.pipeline.recipe import KEY, read_parameters, read_recipe
 
     parameters = read_parameters(path)
     if parameters is None:
@@ -74,7 +74,7 @@ def _picture_text(path: Path) -> str:
 
 def _recipe_text(path: Path) -> str:
     """A recipe out of a shard."""
-    from sdjax.recipe import KEY, read_recipe
+    from sdjax.pipeline.recipe import KEY, read_recipe
 
     recipe = read_recipe(path)
     return f"{recipe.parameters()}\n{KEY}: {recipe.to_json()}\n"
@@ -82,7 +82,7 @@ def _recipe_text(path: Path) -> str:
 
 def _shard_text(path: Path) -> str:
     """How many pictures a shard holds, and the first one's recipe."""
-    from sdjax.recipe import KEY, Recipe
+    from sdjax.pipeline.recipe import KEY, Recipe
 
     first, pictures = None, 0
     try:

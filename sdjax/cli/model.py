@@ -52,9 +52,10 @@ def load_model(
     like: a request to come; while the parameters are read, its programs are compiled for `batch` at a time on each
     device, and for the whole loop or for single steps. on_config: see `sdjax.load`.
     """
-    from sdjax.compilation import meanwhile, programs_for
+    from sdjax.devices.compilation import meanwhile
+    from sdjax.devices.placement import HERE
     from sdjax.load import load
-    from sdjax.sharding import HERE
+    from sdjax.pipeline.warmup import programs_for
 
     named = {"model": options.model, "dtype": options.dtype, "placement": HERE} | given
     conversion = named.pop("conversion", None)
@@ -81,7 +82,7 @@ def placement_of(options: argparse.Namespace, pictures: int | None = None) -> An
     """
     import jax
 
-    from sdjax.sharding import over
+    from sdjax.devices.placement import over
 
     there = jax.local_devices()
     if options.devices is not None and not 1 <= options.devices <= len(there):

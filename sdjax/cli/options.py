@@ -6,12 +6,12 @@ import argparse
 from typing import Any
 
 from sdjax.cli import batch, generate, info, warmup
+from sdjax.cli import train as train_command
 from sdjax.cli.model import add_conversion
 from sdjax.cli.terminal import console
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.request import NOISES, STRENGTHS
-from sdjax.train import command as train_command
 
 TASKS = ("txt2img", "img2img", "inpaint")
 

@@ -6,8 +6,8 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from sdjax.cli import INTERRUPTED
 from sdjax.cli.options import parser
+from sdjax.cli.signals import INTERRUPTED
 from sdjax.cli.terminal import console, error, explained, note, steady_streams
 
 
@@ -31,10 +31,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def keep_programs() -> None:
     """Keeps compiled programs on disk, if there is a place for them."""
-    from sdjax import compilation
+    from sdjax.devices import compilation
     from sdjax.storage.cache import programs_folder
+    from sdjax.storage.files import refuse_unwritable
 
     try:
-        compilation.keep_programs(programs_folder())
+        folder = programs_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_unwritable(folder)
+        compilation.keep_programs(folder)
     except OSError as failure:
         note(f"compiled programs are not kept: {' '.join(str(failure).split())}")

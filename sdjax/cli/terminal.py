@@ -89,7 +89,7 @@ def steady_streams() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    from sdjax.compilation import drop_damaged
+    from sdjax.devices.compilation import drop_damaged
 
     note(drop_damaged(str(message)))
 

@@ -13,7 +13,7 @@ def warmup(options: argparse.Namespace) -> int:
     """Compiles every program for one size and number of pictures."""
     import jax
 
-    from sdjax.compilation import warm_up
+    from sdjax.pipeline.warmup import warm_up
 
     check_settings(count=options.count)
     size = (None, None) if options.size is None else parse_size(options.size)

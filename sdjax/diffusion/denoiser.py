@@ -13,8 +13,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
+from sdjax.devices.platform import platform
 from sdjax.diffusion.schedule import per_image
-from sdjax.target import platform
 from sdjax.types import Array, Denoiser, Guidance, Latent, Level, Predictor
 
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sdjax.devices.platform import seeded_keys
 from sdjax.diffusion.samplers import Carry, Rows, first_carry, step
-from sdjax.target import seeded_keys
 from sdjax.types import Array, Denoiser, Latent
 
 MakeDenoiser = Callable[[Any], Denoiser]

@@ -1,1 +1,1 @@
-"""Jobs: many pictures from a file of requests (`sdjax.batch` runs them)."""
+"""Jobs: many pictures from a file of requests (`sdjax.jobs.run` runs them)."""

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 from sdjax.diffusion.schedule import SPACINGS
-from sdjax.recipe import OTHER_TOOLS, Recipe, file_hash
+from sdjax.pipeline.recipe import OTHER_TOOLS, Recipe, file_hash
 from sdjax.storage.files import each_once
 
 NUMBERS: dict[str, type] = {

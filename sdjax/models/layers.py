@@ -1,7 +1,7 @@
 """What two or more of the networks use, and the one home of their numeric conventions.
 
 - The dtype of the parameters is the dtype of the computation: `Dense` and `Conv` cast their input
-  to the dtype of their kernel. Cast the parameters (`sdjax.checkpoint.cast`) and the whole network
+  to the dtype of their kernel. Cast the parameters (`sdjax.models.params.cast`) and the whole network
   follows.
 - Norms and softmax compute in float32 whatever the dtype, and hand back the dtype they were given.
 - Layout is NHWC; kernels are HWIO (convolutions) and [in, out] (linear maps).
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sdjax.target import platform, use_kernels
+from sdjax.devices.platform import platform, use_kernels
 from sdjax.types import Array
 
 SCORE_BOUND = 2**26
@@ -237,7 +237,7 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
 
     q f[b, l, n, d], k and v f[b, m, n, d] -> f[b, l, n, d]. Never holds more than SCORE_BOUND
     scores. On NVIDIA GPUs in 16 bit the fused cuDNN kernel is used where it takes the head size; on TPUs in bfloat16
-    JAX's flash attention where kernels are allowed (`sdjax.target`); on CPUs one head at a time.
+    JAX's flash attention where kernels are allowed (`sdjax.devices.platform`); on CPUs one head at a time.
     """
     small = q.shape[1] * k.shape[1] <= 128 * 128
     if causal or small:

@@ -24,7 +24,7 @@ import PIL
 
 from sdjax.hints import hint
 from sdjax.image import fit, load_image, open_bytes
-from sdjax.recipe import Recipe, has_recipe, read_recipe
+from sdjax.pipeline.recipe import Recipe, has_recipe, read_recipe
 from sdjax.storage.cache import remembered
 from sdjax.storage.files import each_once
 

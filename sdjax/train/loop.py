@@ -30,12 +30,11 @@ import jax
 import numpy as np
 import optax
 
-from sdjax import checkpoint
-from sdjax.pipeline import Pipeline
+from sdjax.devices.platform import pinned, seeded_keys
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.storage import checkpoint
 from sdjax.storage.files import flush, flush_tree, new_file
-from sdjax.target import pinned, seeded_keys
-from sdjax.tokenizer import clip_tokenizer
-from sdjax.train.data import prefetch
+from sdjax.text.tokenizer import clip_tokenizer
 from sdjax.train.plots import curves
 from sdjax.train.settings import Settings
 from sdjax.train.step import (
@@ -49,7 +48,8 @@ from sdjax.train.step import (
     scanned,
     state_sharding,
 )
-from sdjax.train.tasks import Task
+from sdjax.train.stream import prefetch
+from sdjax.train.tasks.task import Task
 
 FLUSHED = "flushed.txt"
 """Says which checkpoint is on the disk for certain."""

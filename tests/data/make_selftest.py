@@ -18,7 +18,7 @@ from sdjax.config import TINY
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.models.params import random_params
 from sdjax.selftest import LATENT, PROMPTS, TIMESTEPS, noise
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.text.tokenizer import clip_tokenizer
 from tests.parity import test_schedulers as parity
 
 STEPS = 10

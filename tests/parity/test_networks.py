@@ -26,14 +26,14 @@ import convert
 from convert.diffusers_config import diffusers_json
 from convert.names import PARTS, entries
 from convert.write import write_tokenizer
-from sdjax import checkpoint
 from sdjax.config import SD15, TINY
 from sdjax.models.clip import TextEncoder
+from sdjax.models.params import cast
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
-from sdjax.pipeline import Pipeline
+from sdjax.pipeline.pipeline import Pipeline
 from sdjax.selftest import noise, relative_error
-from sdjax.tokenizer import clip_tokenizer
+from sdjax.text.tokenizer import clip_tokenizer
 from tests.checkpoint_files import write_ckpt
 
 DATA = Path(__file__).parent.parent / "data"
@@ -134,7 +134,7 @@ def ours(request, both):
     """(config, PyTorch's modules, parameters in a dtype, the bar, the dtype)."""
     config, models, params = both
     bar = 3e-2 if config == TINY and request.param == "bfloat16" else BARS[request.param]
-    return config, models, checkpoint.cast(params, request.param), bar, request.param
+    return config, models, cast(params, request.param), bar, request.param
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sdjax.cli import begin_work
 from sdjax.cli.model import add_conversion, conversion_of
+from sdjax.cli.signals import begin_work
 from sdjax.config import BOX_VISION, PRESETS, CLIPVisionConfig
 from sdjax.hints import hint
 from sdjax.storage.files import json_line, new_file
@@ -84,9 +84,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
     import jax
 
     from sdjax.load import identity
-    from sdjax.train.data import open_dataset
+    from sdjax.train.dataset import open_dataset
     from sdjax.train.loop import claim, train
-    from sdjax.train.tasks import clip_task, unet_task, vae_task
+    from sdjax.train.tasks.clip import clip_task
+    from sdjax.train.tasks.unet import unet_task
+    from sdjax.train.tasks.vae import vae_task
 
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
@@ -191,7 +193,7 @@ def _check_start(options: argparse.Namespace, conversion: dict[str, Any]) -> Non
 
 def _tokenizer(options: argparse.Namespace) -> Any:
     """The tokenizer that goes with a preset."""
-    from sdjax.tokenizer import Tokenizer, clip_tokenizer
+    from sdjax.text.tokenizer import Tokenizer, clip_tokenizer
 
     return clip_tokenizer() if options.tokenizer is None else Tokenizer.from_folder(options.tokenizer)
 
@@ -200,7 +202,7 @@ def _start(options: argparse.Namespace, settings: Settings, conversion: dict[str
     """The model that training starts from (`_check_start`)."""
     from sdjax.load import load
     from sdjax.models.params import initial_params
-    from sdjax.pipeline import Pipeline
+    from sdjax.pipeline.pipeline import Pipeline
 
     if options.model is not None:
         return load(options.model, **conversion)

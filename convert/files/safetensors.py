@@ -16,8 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.source import DTYPES, MAX_SHAPE, MAX_TENSORS, CheckpointError, Source, TensorInfo, check_name, read_at
-from convert.unpickle import describe
+from convert.files.source import (
+    DTYPES,
+    MAX_SHAPE,
+    MAX_TENSORS,
+    CheckpointError,
+    Source,
+    TensorInfo,
+    check_name,
+    read_at,
+)
+from convert.files.unpickle import describe
 
 HEADER_BOUND = 100_000_000  # bytes, the format's own bound
 VALUE_BOUND = 4_000_000  # brackets and commas: a tensor has some 10, a long __metadata__ a few hundred thousand

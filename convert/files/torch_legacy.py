@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.source import DTYPES, CheckpointError, Source, TensorInfo, unwrap
-from convert.torch_file import CALLS, INERT, PICKLE_BOUND, TORCH_DTYPES, storage_of
-from convert.unpickle import PickleError, load
+from convert.files.source import DTYPES, CheckpointError, Source, TensorInfo, unwrap
+from convert.files.torch_zip import CALLS, INERT, PICKLE_BOUND, TORCH_DTYPES, storage_of
+from convert.files.unpickle import PickleError, load
 
 OLDEST_TORCH = (2, 10)
 PICKLES = 5  # magic number, version, system, the state itself, keys of the storages; the numbers follow

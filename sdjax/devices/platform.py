@@ -20,7 +20,7 @@ jit knows of it: another platform is another program.
 
 use_kernels = jax.make_user_context(False)
 """`with use_kernels(True):` inside, programs may hold kernels that have no gradient and that XLA cannot split over
-devices by itself. `sdjax.sharding.spread` says so where neither is asked of them.
+devices by itself. `sdjax.devices.placement.spread` says so where neither is asked of them.
 """
 
 CPU_OPTIONS = {"xla_backend_optimization_level": 1}

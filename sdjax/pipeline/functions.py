@@ -10,9 +10,8 @@ row by row) and `develop`, every one of which treats each picture by itself: `pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,6 @@ from sdjax.diffusion.schedule import per_image
 from sdjax.models.clip import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
-from sdjax.sharding import Placement, Program, spread
 from sdjax.types import Array, Denoiser, Latent, Level, Params
 
 
@@ -195,33 +193,3 @@ def paint_row(
 def develop(vae: Params, latents: Latent, *, config: ModelConfig) -> tuple[Array, Array]:
     """Latents -> pictures u8[b, H, W, 3], and whether each picture's latents were finite, bool[b]."""
     return decode_latents(vae, latents, config=config), jnp.isfinite(latents).all((1, 2, 3))
-
-
-class Programs(NamedTuple):
-    """The functions above by name, compiled for one model and placement; parameters are still arguments."""
-
-    condition: Callable[[int | None], Program]  # of clip_skip
-    time_rows: Program
-    begin: Program
-    paint: Program
-    paint_row: Program
-    develop: Program
-
-
-@lru_cache(maxsize=64)
-def programs(config: ModelConfig, placement: Placement) -> Programs:
-    """The programs of a model; None marks what all pictures share, a number the axis that they lie along."""
-    batch = Batch(kv=1, known=0, mask=0, concat=0)
-
-    @lru_cache
-    def conditions(skip: int | None) -> Program:
-        return spread(partial(condition, config=config, skip=skip), (None, None, 1), 1, placement)
-
-    return Programs(
-        condition=conditions,
-        time_rows=spread(partial(time_tables, config=config), (None, 1), 1, placement),
-        begin=spread(begin, (0,) * 7, 0, placement),
-        paint=spread(partial(paint, config=config), (None, batch, 1, 0, 0, 0), 0, placement),
-        paint_row=spread(partial(paint_row, config=config), (None, batch, 0, 0, 0, None), 0, placement),
-        develop=spread(partial(develop, config=config), (None, 0), 0, placement),
-    )

@@ -1,7 +1,7 @@
 """A model ready for use: requests in, pictures out.
 
 `Pipeline` checks what it is given, prepares it on the host, groups it into batches, and has them made by the programs
-of `sdjax.functions`.
+of `sdjax.pipeline.functions`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from PIL import Image
 
 from sdjax import image as images
 from sdjax.config import ModelConfig
+from sdjax.devices.placement import HERE, Placement, over
+from sdjax.devices.platform import pinned
 from sdjax.diffusion.sample import image_keys, row_by_row
 from sdjax.diffusion.torch_noise import torch_noise
-from sdjax.functions import Batch, encode_images, inpainting_channels, programs
+from sdjax.pipeline.functions import Batch, encode_images, inpainting_channels
+from sdjax.pipeline.programs import programs
 from sdjax.request import (
     BATCH,
     STRENGTHS,
@@ -33,9 +36,7 @@ from sdjax.request import (
     size_of,
     stacked,
 )
-from sdjax.sharding import HERE, Placement, over
-from sdjax.target import pinned
-from sdjax.tokenizer import Tokenizer
+from sdjax.text.tokenizer import Tokenizer
 from sdjax.types import Array, Latent, Params
 
 SOURCES = 64

@@ -12,7 +12,7 @@ import struct
 from io import FileIO
 from typing import Any, NamedTuple
 
-from convert.source import MAX_NAME, CheckpointError, read_at
+from convert.files.source import MAX_NAME, CheckpointError, read_at
 
 DIRECTORY_BOUND = 64 * 2**20  # bytes
 RECORD_BOUND = 200_000

@@ -27,41 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import ModelConfig
-from sdjax.models.params import abstract_params
-from sdjax.sharding import HERE
+from sdjax.devices.placement import HERE
+from sdjax.models.params import abstract_params, dtype_of
 from sdjax.storage.files import new_file, new_folder
 from sdjax.types import Params
 
-DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 2**29  # bytes of parameters that are written together
 TENSORS = "params.safetensors"
 SEAL = "seal"
 HEADER_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 LAYOUT = 1  # changes when the networks' parameters change their names or shapes; tests/test_models.py watches them
 CONFIG_BOUND = 2**20  # bytes; a real config.json has 1.5 kB
-
-
-def dtype_of(part: str, dtype: str) -> str:
-    """The dtype of one part ("text", "vae", "unet") under the policy `dtype`.
-
-    In float16 the autoencoder stays in float32: the decoder of the published models overflows in float16.
-
-    Raises:
-        ValueError: not one of `DTYPES`.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
-    return "float32" if part == "vae" and dtype == "float16" else dtype
-
-
-def cast(params: Params, dtype: str) -> Params:
-    """The parameters {"text", "vae", "unet"} in `dtype`, as the policy above has it; no copy where nothing changes."""
-
-    def cast_part(part: str) -> Params:
-        to = jnp.dtype(dtype_of(part, dtype))
-        return jax.tree.map(lambda leaf: leaf if leaf.dtype == to else leaf.astype(to), params[part])
-
-    return {part: cast_part(part) for part in params}
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -14,16 +14,16 @@ import json
 import typing
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-import sdjax
 from sdjax.config import SamplingConfig
+from sdjax.devices.platform import environment
 from sdjax.request import SAMPLING, Request, filled_in
 from sdjax.storage.files import new_file
-from sdjax.target import environment
 
 KEY = "sdjax"
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -82,7 +82,7 @@ class Recipe:
     mask: tuple[str, str] | None
     conversion: dict[str, Any] = dataclasses.field(default_factory=dict)  # how a foreign model's file was read
     environment: dict[str, str] = dataclasses.field(default_factory=environment)  # what was set that changes numbers
-    version: str = dataclasses.field(default_factory=lambda: sdjax.__version__)
+    version: str = dataclasses.field(default_factory=lambda: version("sdjax"))
 
     def to_json(self) -> str:
         text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)

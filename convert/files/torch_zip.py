@@ -1,7 +1,7 @@
 """Reading torch's .ckpt without torch, and without ever running the pickle in it.
 
 A .ckpt is a zip archive of uncompressed records: `<name>/data.pkl`, a pickle that describes dicts of tensors, and
-`<name>/data/<key>`, the raw bytes of each storage. The pickle is read as inert data (`convert.unpickle`): the few
+`<name>/data/<key>`, the raw bytes of each storage. The pickle is read as inert data (`convert.files.unpickle`): the few
 functions that it names to make tensors (`CALLS`) make descriptions of them here.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.source import DTYPES, MAX_SHAPE, CheckpointError, Source, TensorInfo, read_at, unwrap
-from convert.unpickle import Global, PickleError, load
-from convert.zip_records import Record, locate, read_directory
+from convert.files.source import DTYPES, MAX_SHAPE, CheckpointError, Source, TensorInfo, read_at, unwrap
+from convert.files.unpickle import Global, PickleError, load
+from convert.files.zip_records import Record, locate, read_directory
 
 PICKLE_BOUND = 32 * 2**20  # bytes; the largest in an official file has 0.4 MB
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sdjax.target import compiler_options, pinned, written_for
+from sdjax.devices.platform import compiler_options, pinned, written_for
 from sdjax.types import Params
 
 DATA, MODEL = "data", "model"

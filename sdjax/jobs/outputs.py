@@ -18,8 +18,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
-from sdjax.hosts import ALONE, Share
-from sdjax.recipe import Recipe, has_recipe
+from sdjax.jobs.processes import ALONE, Share
+from sdjax.pipeline.recipe import Recipe, has_recipe
 from sdjax.storage.files import flush, json_line, new_file
 
 LINE = 2**14

@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 
 from sdjax.config import SamplingConfig
-from sdjax.hosts import Share
 from sdjax.image import LARGEST_SIDE
 from sdjax.jobs.forms import FIELDS, TEXTS, called, entries
+from sdjax.jobs.processes import Share
 from sdjax.request import Request, check_settings, filled_in, parse_size, row_bound
 from sdjax.storage.files import json_line
 

@@ -34,11 +34,11 @@ import jax
 import numpy as np
 
 from sdjax.hints import hint
-from sdjax.hosts import ALONE, Share
-from sdjax.job_file import SHOWN, Job, Line, Rejected, from_json, read_lines, to_json
-from sdjax.outputs import Files, Manifest, Shards, append
-from sdjax.pipeline import Pipeline
-from sdjax.recipe import Recipe, encoded, file_hash, recipe_of
+from sdjax.jobs.job_file import SHOWN, Job, Line, Rejected, from_json, read_lines, to_json
+from sdjax.jobs.outputs import Files, Manifest, Shards, append
+from sdjax.jobs.processes import ALONE, Share
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.recipe import Recipe, encoded, file_hash, recipe_of
 from sdjax.request import BATCH, Request
 from sdjax.storage.cache import signature
 from sdjax.storage.files import flush, json_line, move, new_file, refuse_long_names, refuse_unwritable
