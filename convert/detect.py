@@ -54,11 +54,11 @@ NOT_APPLIED = "which is not applied"
 NOT_NEEDED = (
     (
         r"(.*_)?betas$|(.*_)?(log_)?(one_minus_)?alphas(_cumprod)?(_prev)?$|(log_)?sigmas$",
-        "a schedule table, computed anew",
+        "a schedule table, recomputed",
     ),
-    (r"(.*\.)?posterior_\w+$|lvlb_weights$|logvar$|denoiser\.\w+$", "a schedule table, computed anew"),
+    (r"(.*\.)?posterior_\w+$|lvlb_weights$|logvar$|denoiser\.\w+$", "a schedule table, recomputed"),
     (r"(.*\.)?position_ids$", "always 0 to 76"),
-    (r"(.*\.)?(causal_)?(attn|attention)_mask$", "a mask, computed anew"),
+    (r"(.*\.)?(causal_)?(attn|attention)_mask$", "a mask, recomputed"),
     (r"(.*\.)?model_ema\.(decay|num_updates)$", "training state"),
     (r"(.*[._])?ema[._](decay|num_updates|step)$", "training state"),
     (r"(.*\.)?model_ema\..*", "moving averages, not asked for"),
@@ -325,4 +325,4 @@ def without_unusable_layers(config: ModelConfig, text: Located) -> ModelConfig:
     used = clip.layers - clip.skip
     if any(f"layer_{i}" in missing for i in range(used, clip.layers)):
         clip = dataclasses.replace(clip, layers=used, skip=0, projection=None)
-    return dataclasses.replace(config, clip=clip)
+    return dataclasses.replace(config, text=(clip,))

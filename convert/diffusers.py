@@ -203,7 +203,7 @@ def open_folder(
 def without_unused_layers(config: ModelConfig) -> ModelConfig:
     """`config` with the text encoder cut to the layers in use, as diffusers stores it."""
     clip = dataclasses.replace(config.clip, layers=config.clip.layers - config.clip.skip, skip=0, projection=None)
-    return dataclasses.replace(config, clip=clip)
+    return dataclasses.replace(config, text=(clip,))
 
 
 def needed_files(name: str, files: list[str]) -> list[str]:

@@ -214,12 +214,13 @@ def _unet_config(fields: _Fields) -> UNetConfig:
     channels = fields.wholes("block_out_channels")
     levels, half = len(channels), max(channels[0] // 2, 1)
     layers = fields.per_level("transformer_layers_per_block", levels, MOST_LAYERS)
+    layers = layers if isinstance(layers, tuple) else (layers,) * levels
     attention = tuple(DOWN_BLOCKS[block] for block in fields.blocks("down_block_types", tuple(DOWN_BLOCKS), levels))
     rising = [UP_BLOCKS[block] for block in fields.blocks("up_block_types", tuple(UP_BLOCKS), levels)]
     if fields.value("reverse_transformer_layers_per_block") is not None:
         up_layers = fields.wholes("reverse_transformer_layers_per_block", levels, MOST_LAYERS)
     else:
-        up_layers = layers[::-1] if isinstance(layers, tuple) else (layers,) * levels
+        up_layers = layers[::-1]
     heads = fields.per_level("attention_head_dim", levels)
     heads = heads if isinstance(heads, tuple) else (heads,) * levels
     if any(width % count for width, count in zip(channels, heads, strict=True)):
@@ -232,10 +233,9 @@ def _unet_config(fields: _Fields) -> UNetConfig:
         in_channels=fields.whole("in_channels"),
         out_channels=fields.whole("out_channels"),
         channels=channels,
-        attention=attention,
         heads=heads,
         res_blocks=fields.per_level("layers_per_block", levels, MOST_BLOCKS),
-        transformer_layers=layers,
+        transformer_layers=tuple(n if attends else 0 for n, attends in zip(layers, attention, strict=True)),
         context_width=context,
         groups=fields.divisor("norm_num_groups", channels),
         linear_projection=fields.flag("use_linear_projection"),
@@ -254,6 +254,8 @@ def _unet_config(fields: _Fields) -> UNetConfig:
         conv_in_size=fields.choice("conv_in_kernel", KERNELS),
         conv_out_size=fields.choice("conv_out_kernel", KERNELS),
     )
+    if config.filled_layers[-1] != layers[-1]:
+        config = dataclasses.replace(config, middle_transformer_layers=layers[-1])
     up = tuple(n if attends else 0 for n, attends in zip(up_layers, rising, strict=True))
     return config if up == config.up_transformers else dataclasses.replace(config, up_transformer_layers=up)
 
@@ -448,7 +450,7 @@ def folder_config(folder: Path, ema: str = "auto") -> tuple[ModelConfig, list[st
     size = _sample_size(unet, notes) * vae_config.downscale
     name = folder.name.encode(errors="replace").decode() or "diffusers"  # file names need not be text
     try:
-        config = ModelConfig(name, clip, vae_config, unet_config, schedule, size)
+        config = ModelConfig(name, (clip,), vae_config, unet_config, schedule, size)
     except ValueError as error:
         raise CheckpointError(f"{folder}: the config files make no model ({error})") from None
     return named(config, config.name), notes
@@ -457,13 +459,13 @@ def folder_config(folder: Path, ema: str = "auto") -> tuple[ModelConfig, list[st
 def with_part_of(config: ModelConfig, part: str, path: Path, notes: list[str]) -> ModelConfig:
     """`config` with the autoencoder ("vae") or text encoder ("text") that another folder's config.json describes.
 
-    The prompts are still filled up as `config` says: its tokenizer stays.
+    The prompts are still padded as `config` says: its tokenizer stays.
     """
     try:
         if part == "vae":
             return dataclasses.replace(config, vae=_vae_config(path, notes))
         clip = dataclasses.replace(_clip_config(path, notes), pad_token=config.clip.pad_token)
-        return dataclasses.replace(config, clip=clip)
+        return dataclasses.replace(config, text=(clip,))
     except CheckpointError:
         raise
     except ValueError as error:
@@ -501,10 +503,8 @@ def _listed(value: Any) -> Any:
 
 
 def _unet_json(unet: UNetConfig, sample_size: int) -> dict[str, Any]:
-    layers = unet.transformer_layers if isinstance(unet.transformer_layers, tuple) else (unet.transformer_layers,)
-    mirrored = layers[::-1] * (len(unet.channels) // len(layers))
-    up = unet.up_transformers
-    as_down = all(found in (0, usual) for found, usual in zip(up, mirrored, strict=True))
+    filled, up = unet.filled_layers, unet.up_transformers
+    as_down = all(found in (0, usual) for found, usual in zip(up, filled[::-1], strict=True))
     behind_time: list[str | None] = [*unet.time_activations, None, None]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -518,7 +518,7 @@ def _unet_json(unet: UNetConfig, sample_size: int) -> dict[str, Any]:
         "only_cross_attention": _listed(unet.only_cross_attention),
         "attention_head_dim": list(unet.heads),
         "layers_per_block": _listed(unet.res_blocks),
-        "transformer_layers_per_block": _listed(unet.transformer_layers),
+        "transformer_layers_per_block": filled[0] if len(set(filled)) == 1 else list(filled),
         "reverse_transformer_layers_per_block": None if as_down else [max(layers, 1) for layers in up],
         "cross_attention_dim": unet.context_width,
         "norm_num_groups": unet.groups,
@@ -572,7 +572,7 @@ def _text_json(clip: CLIPConfig) -> dict[str, Any]:
         "num_hidden_layers": clip.layers,
         "vocab_size": clip.vocab_size,
         "bos_token_id": clip.vocab_size - 2,
-        "eos_token_id": clip.vocab_size - 1,
+        "eos_token_id": clip.end,
         "pad_token_id": clip.pad_token,
     }
 

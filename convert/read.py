@@ -32,6 +32,7 @@ from convert.report import Report
 from convert.tensors import Tensor, Zeros
 from sdjax.config import PRESETS, ModelConfig
 from sdjax.hints import hint
+from sdjax.models.params import DTYPES as OUR_DTYPES
 from sdjax.types import Params
 
 WRITTEN_AS = {"text": "the text encoder", "vae": "the autoencoder (VAE)", "unet": "the UNet"}
@@ -198,7 +199,7 @@ def _check_arguments(ema: str, prediction: str | None, dtype: str) -> None:
     for name, value, known in (
         ("ema", ema, ("auto", "yes", "no")),
         ("prediction", prediction, (None, "epsilon", "v")),
-        ("dtype", dtype, (*DTYPES, "keep")),
+        ("dtype", dtype, (*OUR_DTYPES, "keep")),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, found {value!r}")

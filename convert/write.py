@@ -21,12 +21,11 @@ import numpy as np
 from convert.detect import CONFIG_KEY
 from convert.diffusers import FOLDERS, STEMS, TOKENIZER_FILES, without_unused_layers
 from convert.diffusers_config import diffusers_json
-from convert.files.zip_records import END
 from convert.names import PARTS, Entry, entries, text_spelling
 from convert.tensors import Leaf
 from sdjax.config import ModelConfig
 from sdjax.storage.files import new_file, new_folder
-from sdjax.text.tokenizer import START, clip_tokenizer
+from sdjax.text.tokenizer import END, START, clip_tokenizer
 from sdjax.types import Params
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -28,7 +28,7 @@ def main() -> None:
 
     # Parameters go whole to every device; a batch is split, and every device samples and decodes its own share.
     pipe = pipe.on(jax.local_devices(), parallel=options.parallel)
-    print(f"{pipe.placement.shares} x {jax.local_devices()[0].device_kind}")
+    print(f"{pipe.placement.data_parallel} x {jax.local_devices()[0].device_kind}")
     pictures = pipe.text_to_image(options.prompt, count=options.count, steps=options.steps)
     sheet(pictures, columns=4).save(options.output)
     print(options.output)

@@ -3,7 +3,7 @@
     python examples/edit_photo.py PHOTO [--model sd15] [--output sheet.png]
 
 Without a model: the one in the box, some 30 seconds on two CPU cores. The sheet shows the photograph, strengths
-0.25, 0.5 and 0.75, and a disc in the middle made anew with the rest of the photograph untouched.
+0.25, 0.5 and 0.75, and a disc in the middle regenerated with the rest of the photograph untouched.
 """
 
 import argparse

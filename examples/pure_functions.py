@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 
 import sdjax
-from sdjax.diffusion.sample import image_keys, initial_noise
+from sdjax.diffusion.plan import stack_plans
+from sdjax.diffusion.sample import first_state, image_keys, initial_noise
+from sdjax.image import to_uint8
 from sdjax.pipeline import functions
-from sdjax.request import Request, plan, stacked
+from sdjax.request import Request, plan
 
 
 def main() -> None:
@@ -28,32 +30,23 @@ def main() -> None:
     pipe = sdjax.load(options.model)
     config, params = pipe.config, pipe.params
 
-    # 1. The negative prompt and the prompt to token ids, i32[2, 77]
-    ids = pipe.tokenizer(["", options.prompt], config.clip.length, config.clip.pad_token)
-    # 2. Text encoder, then the keys and values of every cross-attention, once
-    context = functions.encode_text(params["text"], ids, config=config)
-    kv = functions.text_kv(params["unet"], context, config=config)
-    # 3. The sampler's table for these settings, and what the UNet computes from the timesteps alone
+    # 1. The negative prompt and the prompt to token ids, i32[1, 2, 77]: pictures are always the first axis
+    ids = pipe.tokenizer(["", options.prompt], config.clip.length, config.clip.pad_token)[None]
+    # 2. The sampler's table for these settings: i32[1, 64, ...], of which the first `calls` rows run
     request = Request(options.prompt, steps=options.steps, sampler="dpmpp_2m", spacing="karras", guidance=7.5)
-    worked_out = plan(request, config)
-    rows, calls = stacked([worked_out])
-    rows = functions.time_tables(params["unet"], rows, config=config)
-    # 4. One key per picture; the start is noise with the spread of the first level
-    keys = image_keys([0])
+    planned = plan(request, config)
+    rows, calls = stack_plans([planned])
+    # 3. All that the UNet sees besides x: the text's keys and values, the timesteps' shifts, a region to keep (none)
     side = config.image_size // config.vae.downscale
-    shape = (1, side, side, config.vae.latent_channels)
-    x = initial_noise(keys, shape[1:]) * np.float32(np.sqrt(worked_out.sigma**2 + 1))
+    known = jnp.zeros((1, side, side, config.vae.latent_channels))
+    given = functions.condition(params, ids, rows, known, jnp.ones_like(known[..., :1]), known[..., :0], config=config)
+    # 4. One key per picture; the initial latents are noise with the spread of the first level
+    key = image_keys([0])
+    x = initial_noise(key, known.shape[1:]) * np.float32(np.sqrt(planned.sigma**2 + 1))
     # 5. The whole loop, one program for all settings
-    inputs = functions.Inputs(
-        unet=params["unet"],
-        context_kv=kv,
-        known=jnp.zeros(shape),
-        mask=jnp.ones((*shape[:3], 1)),
-        concat=jnp.zeros((*shape[:3], 0)),
-    )
-    latents = functions.generate_latents(inputs, rows, calls, x, keys, config=config)
-    # 6. to 8. Decoder, to bytes on the device, one transfer
-    pixels = functions.decode_latents(params["vae"], latents, config=config)
+    latents = functions.sample(params, first_state(rows, calls, x, key, given), config=config).carry.x
+    # 6. Decoder, to bytes on the device, one transfer
+    pixels = to_uint8(functions.decode(params, latents, config=config))
     Image.fromarray(np.asarray(jax.device_get(pixels))[0]).save(options.output)
     print(options.output)
 

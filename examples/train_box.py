@@ -3,12 +3,11 @@
     apt-get install fonts-noto-color-emoji unicode-data unicode-cldr-core
     python examples/train_box.py run
 
-Everything lies in run/: the data set, a training run for each part (loss.png and samples/ show how far it is), and at
-the end run/box: `sdjax txt2img "red heart" --model run/box`. Interrupt it as you like; the same command goes on. On two
-CPU cores it takes two hours and a half; --scale 3 is for a night, --scale 0.01 a rehearsal of the whole way; --gpu
-is for longer trainings in larger batches, and was not tried yet. What sdjax carries came from this command: its card is
-sdjax/assets/box/README.md.
-"""
+Everything is in run/: the data set, a training run for each part (loss.png and samples/ show how far it is), and at the
+end run/box: `sdjax txt2img "red heart" --model run/box`. Interrupt it as you like; the same command resumes it. On two
+CPU cores it takes two hours and a half; --scale 3 is for a night, --scale 0.01 a rehearsal of the whole way; --gpu is
+for longer trainings in larger batches, and was not tried yet. What sdjax carries came from this command: its card is
+sdjax/assets/box/README.md."""
 
 from __future__ import annotations
 

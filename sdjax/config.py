@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import UnionType
@@ -50,6 +50,12 @@ class CLIPConfig:
     projection: int | None = None  # width of the joint text-image space, if the matrix is there
     pad_token: int = 49407
     epsilon: float = field(default=1e-5, metadata=LATER)  # of every layer norm
+    end_token: int | None = field(default=None, metadata=LATER)  # the end of text; None: the last of the vocabulary
+
+    @property
+    def end(self) -> int:
+        """The id that ends every text."""
+        return self.vocab_size - 1 if self.end_token is None else self.end_token
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,9 @@ class UNetConfig:
     in_channels: int = 4  # 4 plain, 8 with an image to follow, 9 with mask and masked image
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    attention: tuple[bool, ...] = (True, True, True, False)  # levels that hold transformers
     heads: tuple[int, ...] = (8, 8, 8, 8)  # per level
     res_blocks: int | tuple[int, ...] = 2
-    transformer_layers: int | tuple[int, ...] = 1
+    transformer_layers: tuple[int, ...] = (1, 1, 1, 0)  # of each transformer, per level; 0: the level has none
     context_width: int = 768
     groups: int = 32
     linear_projection: bool = False  # files store proj_in and proj_out as linear maps (SD 2) or as 1x1 convolutions
@@ -143,6 +148,14 @@ class UNetConfig:
     even_downsampling: bool = field(default=True, metadata=LATER)  # pads all around; else below and to the right only
     conv_in_size: int = field(default=3, metadata=LATER)
     conv_out_size: int = field(default=3, metadata=LATER)
+    middle_transformer_layers: int | None = field(
+        default=None, metadata=LATER
+    )  # where the last level has none; None: as in the deepest level that has any
+
+    @property
+    def attention(self) -> tuple[bool, ...]:
+        """The levels that hold transformers."""
+        return tuple(n > 0 for n in self.transformer_layers)
 
     @property
     def level_res_blocks(self) -> tuple[int, ...]:
@@ -152,8 +165,7 @@ class UNetConfig:
     @property
     def down_transformers(self) -> tuple[int, ...]:
         """Layers of each transformer on the way down, the finest level first; 0 where there is none."""
-        layers = _per_level(self.transformer_layers, len(self.channels))
-        return tuple(n if attends else 0 for n, attends in zip(layers, self.attention, strict=True))
+        return self.transformer_layers
 
     @property
     def up_transformers(self) -> tuple[int, ...]:
@@ -164,7 +176,14 @@ class UNetConfig:
     @property
     def middle_transformers(self) -> int:
         """Layers of the transformer in the middle, 0 if there is none."""
-        return _per_level(self.transformer_layers, len(self.channels))[-1] if self.middle == "attention" else 0
+        return self.filled_layers[-1] if self.middle == "attention" else 0
+
+    @property
+    def filled_layers(self) -> tuple[int, ...]:
+        """`transformer_layers`, with the number of the middle where a level has none, as other formats write it."""
+        deepest = next((n for n in reversed(self.transformer_layers) if n), 1)
+        fill = deepest if self.middle_transformer_layers is None else self.middle_transformer_layers
+        return tuple(n or fill for n in self.transformer_layers)
 
     @property
     def level_only_cross(self) -> tuple[bool, ...]:
@@ -220,10 +239,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: three networks, their noise schedule, its training size in pixels, and its sampling defaults."""
+    """A whole model: its networks, their noise schedule, its training size in pixels, and its sampling defaults.
+
+    text: its text encoders; Stable Diffusion 1 and 2 have one, and no more is supported yet.
+    """
 
     name: str
-    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    text: tuple[CLIPConfig, ...] = (CLIPConfig(),)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -232,6 +254,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def clip(self) -> CLIPConfig:
+        """The first text encoder."""
+        return self.text[0]
 
     def to_json(self) -> str:
         return json.dumps(_plain(self), indent=2) + "\n"
@@ -260,8 +287,43 @@ def _plain(value: Any) -> Any:
     """A configuration as JSON's own types."""
     if not dataclasses.is_dataclass(value):
         return value
-    kept = [entry for entry in dataclasses.fields(value) if not _is_usual(value, entry)]
-    return {entry.name: _plain(getattr(value, entry.name)) for entry in kept}
+    kept = [entry.name for entry in dataclasses.fields(value) if not _is_usual(value, entry)]
+    return {name: _plain(entry) for name, entry in _stored({name: getattr(value, name) for name in kept}, value)}
+
+
+def _stored(entries: dict[str, Any], owner: Any) -> Iterator[tuple[str, Any]]:
+    """The entries as config.json has had them from the first checkpoint on, so that all of them stay readable, and what
+    is hashed over a configuration stays the same.
+    """
+    for name, value in entries.items():
+        if isinstance(owner, ModelConfig) and name == "text" and len(value) == 1:
+            yield "clip", value[0]
+        elif isinstance(owner, UNetConfig) and name == "heads":
+            yield "attention", owner.attention
+            yield name, value
+        elif isinstance(owner, UNetConfig) and name == "transformer_layers":
+            layers = owner.filled_layers
+            yield name, layers[0] if len(set(layers)) == 1 else layers
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            yield name, [_plain(item) for item in value]
+        elif name != "middle_transformer_layers":  # the last of `filled_layers`
+            yield name, value
+
+
+def _restored(kind: Any, entries: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_stored`."""
+    if kind is ModelConfig and "clip" in entries:
+        entries["text"] = (entries.pop("clip"),)
+    if kind is UNetConfig:
+        attention = entries.pop("attention")
+        layers = _per_level(entries["transformer_layers"], len(attention))
+        if len(layers) == len(attention):
+            layers, last = tuple(n if attends else 0 for n, attends in zip(layers, attention, strict=True)), layers[-1]
+            deepest = next((n for n in reversed(layers) if n), 1)
+            if layers and not layers[-1] and last != deepest:
+                entries["middle_transformer_layers"] = last
+        entries["transformer_layers"] = layers
+    return entries
 
 
 def unusual(config: ModelConfig) -> list[str]:
@@ -289,11 +351,17 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must be an object, found {type(value).__name__}")
         hints = typing.get_type_hints(kind)
         needed = {entry.name for entry in dataclasses.fields(kind) if "later" not in entry.metadata}
+        if kind is ModelConfig and "text" not in value:
+            hints, needed = hints | {"clip": CLIPConfig}, needed - {"text"} | {"clip"}
+        if kind is UNetConfig:
+            hints |= {"attention": tuple[bool, ...], "transformer_layers": int | tuple[int, ...]}
+            needed = needed | {"attention"}
         missing, unknown = sorted(needed - set(value)), sorted(set(value) - set(hints))
         if missing or unknown:
             raise ValueError(f"{where}: missing entries {missing}, unknown entries {unknown}")
         make: Any = kind
-        return make(**{name: _parse(hints[name], given, f"{where}.{name}") for name, given in value.items()})
+        entries = {name: _parse(hints[name], given, f"{where}.{name}") for name, given in value.items()}
+        return make(**_restored(kind, entries))
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, found {value!r}")
@@ -315,21 +383,21 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
 
 def check(config: ModelConfig) -> None:
     """Raises ValueError, naming the entry, unless the numbers of `config` make a model."""
-    clip, vae, unet, schedule = config.clip, config.vae, config.unet, config.schedule
 
     def need(condition: bool, message: str) -> None:
         if not condition:
             raise ValueError(f"{config.name}: {message}")
 
+    need(len(config.text) == 1, f"a model with {len(config.text)} text encoders is not supported; expected one")
+    clip, vae, unet, schedule = config.clip, config.vae, config.unet, config.schedule
     for part in (clip, vae, unet):
         for name, value in dataclasses.asdict(part).items():
+            if name in ("skip", "pad_token", "end_token", "transformer_layers", "up_transformer_layers"):
+                continue
             numbers = value if isinstance(value, tuple) else (value,)
             for number in numbers:
-                if type(number) is int and name not in ("skip", "pad_token", "up_transformer_layers"):
-                    need(
-                        0 < number <= 1_000_000,
-                        f"{type(part).__name__}.{name} = {number} is out of range",
-                    )
+                if type(number) is int:
+                    need(0 < number <= 1_000_000, f"{type(part).__name__}.{name} = {number} is out of range")
     need(
         clip.width % clip.heads == 0,
         f"clip.width {clip.width} is not a multiple of clip.heads {clip.heads}",
@@ -339,6 +407,7 @@ def check(config: ModelConfig) -> None:
         0 <= clip.pad_token < clip.vocab_size,
         f"clip.pad_token {clip.pad_token} is not in the vocabulary",
     )
+    need(0 <= clip.end < clip.vocab_size, f"clip.end_token {clip.end_token} is not in the vocabulary")
     need(clip.layers <= MOST_LAYERS, f"clip.layers {clip.layers} is out of range")
     need(
         unet.context_width == clip.width,
@@ -392,11 +461,11 @@ def _check_blocks(vae: VAEConfig, unet: UNetConfig, need: Callable[[bool, str], 
     levels = len(unet.channels)
     need(unet.in_channels >= unet.out_channels, "unet.in_channels is smaller than unet.out_channels")
     need(
-        levels == len(unet.attention) == len(unet.heads),
-        "unet.channels, unet.attention and unet.heads differ in length",
+        levels == len(unet.transformer_layers) == len(unet.heads),
+        "unet.channels, unet.attention (or transformer_layers) and unet.heads differ in length",
     )
     need(0 < len(vae.channels) <= 8 and 0 < levels <= 8, "vae.channels and unet.channels must have 1 to 8 entries")
-    for name in ("res_blocks", "transformer_layers", "only_cross_attention", "up_transformer_layers"):
+    for name in ("res_blocks", "only_cross_attention", "up_transformer_layers"):
         value = getattr(unet, name)
         need(not isinstance(value, tuple) or len(value) == levels, f"unet.{name} must have {levels} entries")
     for channels, heads in zip(unet.channels, unet.heads, strict=True):
@@ -405,6 +474,7 @@ def _check_blocks(vae: VAEConfig, unet: UNetConfig, need: Callable[[bool, str], 
         for channels in part.channels:
             need(channels % groups == 0, f"{channels} channels cannot be split into {groups} groups")
     down, up = unet.down_transformers, unet.up_transformers
+    need(all(0 <= n <= MOST_LAYERS for n in unet.filled_layers), "unet.transformer_layers is out of range")
     need(all(0 <= n <= MOST_LAYERS for n in up), "unet.up_transformer_layers is out of range")
     need(any((*down, unet.middle_transformers, *up)), "unet: nowhere attends to the text (unet.attention, unet.middle)")
     blocks = unet.level_res_blocks
@@ -432,15 +502,17 @@ SD15_INPAINT = dataclasses.replace(SD15, name="sd15-inpainting", unet=UNetConfig
 
 SD21 = ModelConfig(
     name="sd21",
-    clip=CLIPConfig(
-        width=1024,
-        layers=24,
-        heads=16,
-        mlp_width=4096,
-        activation="gelu",
-        skip=1,
-        projection=1024,
-        pad_token=0,
+    text=(
+        CLIPConfig(
+            width=1024,
+            layers=24,
+            heads=16,
+            mlp_width=4096,
+            activation="gelu",
+            skip=1,
+            projection=1024,
+            pad_token=0,
+        ),
     ),
     unet=UNetConfig(context_width=1024, heads=(5, 10, 20, 20), linear_projection=True),
     schedule=ScheduleConfig(prediction="v"),
@@ -453,7 +525,7 @@ SD21_BASE = dataclasses.replace(SD21, name="sd21-base", schedule=ScheduleConfig(
 
 TINY = ModelConfig(
     name="tiny",
-    clip=CLIPConfig(width=64, layers=2, heads=2, mlp_width=256),
+    text=(CLIPConfig(width=64, layers=2, heads=2, mlp_width=256),),
     vae=VAEConfig(channels=(16, 32, 32, 32), res_blocks=1, groups=8),
     unet=UNetConfig(channels=(32, 64, 64, 64), heads=(2, 2, 2, 2), res_blocks=1, context_width=64, groups=16),
     image_size=64,
@@ -462,23 +534,25 @@ TINY = ModelConfig(
 
 BOX = ModelConfig(
     name="box",
-    clip=CLIPConfig(
-        vocab_size=3072,
-        length=32,
-        width=192,
-        layers=3,
-        heads=4,
-        mlp_width=768,
-        activation="gelu",
-        projection=192,
-        pad_token=3071,
+    text=(
+        CLIPConfig(
+            vocab_size=3072,
+            length=32,
+            width=192,
+            layers=3,
+            heads=4,
+            mlp_width=768,
+            activation="gelu",
+            projection=192,
+            pad_token=3071,
+        ),
     ),
     vae=VAEConfig(latent_channels=16, channels=(16, 32, 64, 128), res_blocks=1, groups=8, scaling_factor=1.0),
     unet=UNetConfig(
         in_channels=16,
         out_channels=16,
         channels=(64, 128),
-        attention=(True, True),
+        transformer_layers=(1, 1),
         heads=(2, 4),
         res_blocks=1,
         context_width=192,

@@ -1,6 +1,6 @@
 """Pictures and masks: from any file to the arrays that the networks take, and back to the size they had.
 
-Pictures are f32[H, W, 3] in [-1, 1]; masks f32[H, W] in [0, 1], 1 = paint here. H and W are multiples of the
+Pictures are f32[H, W, 3] in [-1, 1]; masks f32[H, W] in [0, 1], 1 = regenerate here. H and W are multiples of the
 autoencoder's downscale, 8 for the published models.
 """
 
@@ -220,14 +220,14 @@ def load_image(source: ImageLike) -> Image.Image:
 
 
 def load_mask(source: ImageLike, size: tuple[int, int]) -> np.ndarray:
-    """A mask of any mode as f32[H, W] in [0, 1] for a picture of `size` (width, height); white = paint.
+    """A mask of any mode as f32[H, W] in [0, 1] for a picture of `size` (width, height); white = regenerate.
 
     Grey values make a soft mask. A mask with transparency is laid over black; but of a photograph with a hole in it the
-    hole is what is painted, with a warning that says so. Of colours the brightness counts, with a warning, too. A mask
-    of another size is scaled to the picture's if it has the same aspect (within 2 %).
+    hole is what is regenerated, with a warning that says so. Of colours the brightness counts, with a warning, too. A
+    mask of another size is scaled to the picture's if it has the same aspect (within 2 %).
 
     Raises:
-        ValueError: another aspect than the picture's, or nothing to paint; else as `open_image`.
+        ValueError: another aspect than the picture's, or nothing to regenerate; else as `open_image`.
     """
     image = _mask_of(open_image(source))
     width, height = size
@@ -240,7 +240,7 @@ def load_mask(source: ImageLike, size: tuple[int, int]) -> np.ndarray:
         image = image.resize(size, Image.Resampling.BILINEAR)
     mask = np.asarray(image, np.float32) / 255
     if not mask.any():
-        raise ValueError("the mask is black everywhere; paint the part to be made anew white")
+        raise ValueError("the mask is black everywhere; paint the part to be regenerated white")
     return mask
 
 
@@ -255,7 +255,7 @@ def _mask_of(image: Image.Image) -> Image.Image:
     """The grey picture that a mask means, "L"; says what had to be guessed."""
     if _has_alpha(image) and _is_photo_with_hole(pixels := np.asarray(_rgba(image))):
         warnings.warn(
-            "the mask is a picture with a transparent part; that part is painted. To paint the other one, draw a mask "
+            "the mask is a picture with a transparent part; that part is regenerated. For the other one, draw a mask "
             "in black and white",
             stacklevel=3,
         )
@@ -265,7 +265,7 @@ def _mask_of(image: Image.Image) -> Image.Image:
         channels = np.asarray(flat.convert("RGB")).astype(np.int16)
         if (np.ptp(channels, axis=-1) > COLOURFUL).mean() > 0.01:
             warnings.warn(
-                "the mask has colours; their brightness counts: white is painted, black is kept", stacklevel=3
+                "the mask has colours; their brightness counts: white is regenerated, black is kept", stacklevel=3
             )
     return flat.convert("L")
 

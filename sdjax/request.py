@@ -1,76 +1,482 @@
-"""What is asked for: one picture each, checked, and worked out on the host into a sampler's rows.
+"""What can be asked for: one table of settings, and a `Request` for each picture.
 
-All that may differ from picture to picture without another compiled program is in a `Request`; how far a plan for one
-picture reaches is its own affair, because every plan is filled up to a common number of rows.
+A field of `Request` carries all that is known of a setting: its kind and bounds, its help, where it may be given, its
+names in other tools. The options of the command line, the fields of job lines, the checks, the recipe in a picture and
+the documentation are derived from it: adding a setting is adding one field.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
-from sdjax.config import ModelConfig, SamplingConfig, ScheduleConfig
-from sdjax.diffusion.samplers import SAMPLERS, Rows, ddim
-from sdjax.diffusion.schedule import SPACINGS, noise_schedule, start_step
+from sdjax.config import ModelConfig, SamplingConfig
+from sdjax.diffusion.plan import Plan, make_plan
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.schedule import SPACINGS
 from sdjax.image import ImageLike, working_size
-from sdjax.types import Array, Guidance
-
-NOISES = ("jax", "torch")
-"""Where the starting noise may come from."""
+from sdjax.types import Array
 
 BATCH = 8
-"""Pictures made at once; longer requests are worked through in batches of this size."""
+"""Pictures made at once on each device; longer requests are worked through in batches of this size."""
 
-ROW_BOUND = 64
-"""Plans are filled up to this number of rows, or the smallest power of two that holds them: one program for all."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture. None stands for the model's own default (`config.sampling`).
-
-    prompt, negative_prompt: what to paint, what to steer away from. seed: decides all randomness. steps: sampling
-    steps, 1 to 1000. guidance: classifier-free guidance scale; 1 leaves the negative prompt out and halves the work.
-    guidance_rescale: 0 to 1, against overexposure. guidance_interval: (start, stop) as fractions of the steps; outside
-    it guidance is 1. sampler: a name from `SAMPLERS`. spacing: a name from `SPACINGS`. eta: noise of "ddim", 0 to 1.
-    clip_skip: layers of the text encoder left out. width, height: in pixels. image: to start from; mask: white where it
-    is to be made anew. strength: how much of the image to change, 0 to 1 (0.75, with a mask 1). noise: where the
-    start comes from: "jax", "torch" (what PyTorch on a CPU draws for the seed, as diffusers starts from), or unit
-    normal numbers f32[h, w, c]. id: yours, comes back with the picture.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    sampler: str | None = None
-    spacing: str | None = None
-    eta: float | None = None
-    clip_skip: int | None = None
-    width: int | None = None
-    height: int | None = None
-    image: ImageLike | None = None
-    mask: ImageLike | None = None
-    strength: float | None = None
-    noise: str | Array | np.ndarray = "jax"
-    id: str = ""
-
+NOISES = ("jax", "torch")
+"""Where the initial noise may come from."""
 
 STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 """How much of a picture is changed when nothing is said."""
 
-
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
+SEEDS = 2**32
+
+TASKS = ("txt2img", "img2img", "inpaint")
+WITH_PICTURE = ("img2img", "inpaint")
+
+SAMPLER_NAMES = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "lms": "LMS",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+"""Samplers as other tools spell them; a spacing may follow, as in "DPM++ 2M Karras"."""
+
+
+def is_int(value: Any, low: int | None = None, high: int | None = None) -> bool:
+    """Whether a value is a whole number within bounds; True and False are none."""
+    number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return number and (low is None or value >= low) and (high is None or value <= high)
+
+
+def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
+    """Whether a value is a number within bounds that float32 can hold."""
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and low <= value <= high and abs(value) <= LARGEST_NUMBER
+
+
+def is_storable(text: str) -> bool:
+    """Whether a text can be kept in a file: half a character, or bytes that are none, cannot."""
+    return text.encode("utf-8", "replace").decode() == text
+
+
+def _is_interval(value: Any) -> bool:
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(is_real(end, 0, 1) for end in value)
+    return pair and value[0] <= value[1]
+
+
+class Setting(NamedTuple):
+    """What is known of one field of a `Request`.
+
+    kind: of its values: "text", "int", "float", "fractions" (two numbers), "picture", or "noise".
+    expected: completes the sentence "NAME must be ...".
+    accepts: whether a value is usable; None always is where it is the default.
+    help: what it does, in a few words; usual: what holds when it is left out, for people.
+    metavar: how the command line's help calls its value; None: no option of its own.
+    tasks: the tasks that have it.
+    in_lines: its name in job lines; None: it has none.
+    aliases: names of other tools that mean exactly the same, and are accepted.
+    similar: names of other tools that are refused with the name used here.
+    label: its name in the "parameters" text that other tools read, and shown: its value there.
+    in_plan: whether the sampler's rows depend on it.
+    """
+
+    kind: Literal["text", "int", "float", "fractions", "picture", "noise"]
+    expected: str
+    accepts: Callable[[Any], bool]
+    help: str
+    usual: str = ""
+    metavar: str | None = None
+    tasks: tuple[str, ...] = TASKS
+    in_lines: str | None = ""
+    aliases: tuple[str, ...] = ()
+    similar: tuple[str, ...] = ()
+    label: str | None = None
+    shown: Callable[[Any], Any] = lambda value: value
+    in_plan: bool = False
+
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def setting(default: Any = dataclasses.MISSING, **known: Any) -> Any:
+    """A field of a `Request`, with what is known of it (`Setting`)."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(**known)})
+
+
+def settings(kind: type[Request] | None = None) -> dict[str, Setting]:
+    """The table of settings, by name in the order of the fields. kind: `Request`, or a subclass with more fields."""
+    fields = dataclasses.fields(kind or Request)
+    return {field.name: field.metadata["setting"] for field in fields if "setting" in field.metadata}
+
+
+def _documented(kind: Kind) -> Kind:
+    """The class, with its settings in its documentation, and other tools' names accepted by its constructor."""
+    made = kind.__init__  # type: ignore[misc]
+
+    @functools.wraps(made)
+    def construct(self: Any, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **ours(named, kind))
+
+    kind.__init__ = construct  # type: ignore[misc]
+    lines = [
+        f"    {name}: {known.help}" + (f" ({known.usual})" if known.usual else "") + f"; {known.expected}."
+        for name, known in settings(kind).items()
+    ]
+    kind.__doc__ = "\n".join([(kind.__doc__ or "").rstrip(), "", *lines, "    "])
+    return kind
+
+
+@_documented
+@dataclass(frozen=True)
+class Request:
+    """One picture that is asked for; None stands for the model's own default (`config.sampling`).
+
+    Names of other tools that mean the same are accepted, too, such as guidance_scale, num_inference_steps, and
+    "DPM++ 2M Karras" for a sampler with its spacing. A seed of -1 is replaced by a random one.
+    """
+
+    prompt: str = setting(
+        kind="text",
+        expected="a string",
+        accepts=lambda value: isinstance(value, str),
+        help="what the picture shows",
+        aliases=("positive_prompt",),
+        similar=("text", "caption", "positive", "prompts"),
+    )
+    negative_prompt: str = setting(
+        "",
+        kind="text",
+        expected="a string",
+        accepts=lambda value: isinstance(value, str),
+        help="what the picture is steered away from",
+        metavar="TEXT",
+        similar=("negative", "negative_prompts", "neg_prompt", "neg", "uc", "unconditional_prompt"),
+    )
+    seed: int = setting(
+        0,
+        kind="int",
+        expected="a whole number in [0, 2^32), or -1 for a random one",
+        accepts=lambda value: is_int(value, 0, SEEDS - 1),
+        help="decides all randomness",
+        usual="0",
+        metavar="N",
+        similar=("random_seed", "noise_seed", "seeds"),
+        label="Seed",
+    )
+    steps: int | None = setting(
+        None,
+        kind="int",
+        expected="a whole number above 0",
+        accepts=lambda value: is_int(value, 1),
+        help="sampling steps",
+        usual="25, or as the model says",
+        metavar="N",
+        aliases=("num_inference_steps", "sampling_steps"),
+        similar=("ddim_steps", "num_steps", "inference_steps"),
+        label="Steps",
+        in_plan=True,
+    )
+    guidance: float | None = setting(
+        None,
+        kind="float",
+        expected="a finite number",
+        accepts=is_real,
+        help="classifier-free guidance; 1 leaves the negative prompt out and halves the work",
+        usual="7.5, or as the model says",
+        metavar="G",
+        aliases=("cfg_scale", "guidance_scale", "cfg"),
+        similar=("scale", "unconditional_guidance_scale"),
+        label="CFG scale",
+        in_plan=True,
+    )
+    guidance_rescale: float = setting(
+        0.0,
+        kind="float",
+        expected="in [0, 1]",
+        accepts=lambda value: is_real(value, 0, 1),
+        help="against overexposure",
+        usual="0",
+        metavar="R",
+        similar=("rescale_cfg", "cfg_rescale"),
+        in_plan=True,
+    )
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0),
+        kind="fractions",
+        expected="two fractions of the steps, 0 <= start <= stop <= 1",
+        accepts=_is_interval,
+        help="fractions of the steps that are guided; outside guidance is 1",
+        usual="0 1",
+        metavar="START STOP",
+        in_plan=True,
+    )
+    sampler: str | None = setting(
+        None,
+        kind="text",
+        expected=f"one of {', '.join(SAMPLERS)}",
+        accepts=lambda value: isinstance(value, str) and value in SAMPLERS,
+        help=", ".join(SAMPLERS),
+        usual="dpmpp_2m, or as the model says",
+        metavar="S",
+        aliases=("sampler_name",),
+        similar=("sampling_method", "scheduler", "sampler_index"),
+        label="Sampler",
+        shown=lambda value: SAMPLER_NAMES[value],
+        in_plan=True,
+    )
+    spacing: str | None = setting(
+        None,
+        kind="text",
+        expected=f"one of {', '.join(SPACINGS)}",
+        accepts=lambda value: isinstance(value, str) and value in SPACINGS,
+        help=", ".join(SPACINGS),
+        usual="karras, or as the model says",
+        metavar="K",
+        similar=("schedule", "schedule_type", "noise_schedule", "sigmas"),
+        label="Schedule type",
+        shown=str.capitalize,
+        in_plan=True,
+    )
+    eta: float | None = setting(
+        None,
+        kind="float",
+        expected="in [0, 1]",
+        accepts=lambda value: is_real(value, 0, 1),
+        help="noise of the sampler ddim, 0 to 1",
+        usual="0",
+        metavar="E",
+        similar=("ddim_eta",),
+        in_plan=True,
+    )
+    clip_skip: int | None = setting(
+        None,
+        kind="int",
+        expected="a whole number from 0",
+        accepts=lambda value: is_int(value, 0),
+        help="layers of the text encoder to leave out, counted from 0 (A1111 counts from 1)",
+        usual="as trained",
+        metavar="N",
+        similar=("clip_stop_at_last_layers", "clipskip"),
+        label="Clip skip",
+        shown=lambda value: value + 1,
+    )
+    width: int | None = setting(
+        None,
+        kind="int",
+        expected="a multiple of 8",
+        accepts=lambda value: True,  # `size_of` knows the model's multiple
+        help="in pixels",
+        usual="the model's own, or the picture's",
+        similar=("w",),
+    )
+    height: int | None = setting(
+        None,
+        kind="int",
+        expected="a multiple of 8",
+        accepts=lambda value: True,  # `size_of` knows the model's multiple
+        help="in pixels",
+        usual="the model's own, or the picture's",
+        similar=("h",),
+    )
+    image: ImageLike | None = setting(
+        None,
+        kind="picture",
+        expected="a picture or its path",
+        accepts=lambda value: True,
+        help="the picture to start from",
+        tasks=WITH_PICTURE,
+        in_lines="init_image",
+        similar=("image", "init_img", "init_images", "input_image", "start_image", "image_path"),
+    )
+    mask: ImageLike | None = setting(
+        None,
+        kind="picture",
+        expected="a picture or its path",
+        accepts=lambda value: True,
+        help="white where the picture is to be regenerated",
+        tasks=("inpaint",),
+        similar=("mask_image", "mask_path", "inpaint_mask"),
+    )
+    strength: float | None = setting(
+        None,
+        kind="float",
+        expected="in [0, 1]",
+        accepts=lambda value: is_real(value, 0, 1),
+        help="how much of the picture to change, 0 to 1",
+        usual=", ".join(f"{value:g} in {task}" for task, value in STRENGTHS.items()),
+        metavar="X",
+        tasks=WITH_PICTURE,
+        aliases=("denoising_strength",),
+        similar=("denoise", "denoising", "image_strength", "prompt_strength"),
+        label="Denoising strength",
+        in_plan=True,
+    )
+    noise: str | Array | np.ndarray = setting(
+        "jax",
+        kind="noise",
+        expected=f"one of {', '.join(NOISES)}, or an array",
+        accepts=lambda value: not isinstance(value, str) or value in NOISES,
+        help="where seeds' noise comes from: jax, or torch as diffusers draws it on a CPU",
+        usual="jax",
+        metavar="|".join(NOISES),
+    )
+    id: str = setting(
+        "",
+        kind="text",
+        expected="a string",
+        accepts=lambda value: isinstance(value, str),
+        help="yours, comes back with the picture",
+        similar=("name", "filename", "file_name", "key"),
+    )
+
+
+# Names and values of other tools
+
+
+def aliases(kind: type[Request] | None = None) -> dict[str, str]:
+    """Names of other tools that are accepted -> the name used here."""
+    return {alias: name for name, known in settings(kind).items() for alias in known.aliases}
+
+
+def ours(named: Mapping[str, Any], kind: type[Request] | None = None) -> dict[str, Any]:
+    """Settings by the names and values used here, where other tools' were given.
+
+    Raises:
+        TypeError: one setting is given under two names.
+    """
+    known, found = aliases(kind), dict[str, Any]()
+    for name, value in named.items():
+        here = known.get(name, name)
+        if here in found:
+            raise TypeError(f"{here} is given twice, once as {name if here != name else 'another name'}")
+        found[here] = value
+    if isinstance(found.get("sampler"), str):
+        sampler, spacing = sampler_of(found["sampler"])
+        found["sampler"] = sampler
+        if spacing is not None and found.get("spacing") is None:
+            found["spacing"] = spacing
+    if is_int(found.get("seed"), -1, -1):
+        found["seed"] = random_seed()
+    return found
+
+
+def sampler_of(name: str) -> tuple[str, str | None]:
+    """Sampler, and spacing if it is in the name, from a name of ours or of other tools ("DPM++ 2M Karras")."""
+    theirs = {spelling.lower(): here for here, spelling in SAMPLER_NAMES.items()}
+    plain = " ".join(name.lower().split())
+    first, _, last = plain.rpartition(" ")
+    if name not in SAMPLERS and last in SPACINGS and (first in theirs or first in SAMPLERS):
+        return theirs.get(first, first), last
+    return theirs.get(plain, name), None
+
+
+def random_seed(count: int = 1) -> int:
+    """A seed that nobody chose, such that the `count` - 1 next ones are seeds too."""
+    return secrets.randbelow(SEEDS - count + 1)
+
+
+# Checks
+
+
+def need(good: bool, name: str, expected: str, found: Any) -> None:
+    """Raises ValueError, naming a setting, what was expected and what was found, unless it is good."""
+    if not good:
+        raise ValueError(f"{name} must be {expected}, found {found!r}")
+
+
+def check_positive(**numbers: Any) -> None:
+    """Raises ValueError unless all are whole numbers above 0."""
+    for name, number in numbers.items():
+        need(is_int(number, 1), name, "a whole number above 0", number)
+
+
+def check_seeds(seed: Any, count: int) -> None:
+    """Raises ValueError unless seed, seed + 1, ... are `count` seeds."""
+    need(is_int(seed, 0, SEEDS - count), "seed", "a whole number in [0, 2^32 - count]", seed)
+
+
+def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -> None:
+    """Raises ValueError unless all settings that are given are usable. values: by name, defaults in their place."""
+    kind = kind or Request
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, known in settings(kind).items():
+        value = values.get(name)
+        if name in values and not (value is None and defaults[name] is None):
+            need(known.accepts(value), name, known.expected, value)
+            if known.kind == "text":
+                expected = "text (half of a character, or bytes that are none, cannot be kept in a recipe)"
+                need(value is None or is_storable(value), name, expected, value)
+    eta, sampler = values.get("eta"), values.get("sampler")
+    need(eta is None or sampler in (None, "ddim"), "eta", f"left out for {sampler} (it belongs to ddim)", eta)
+
+
+def check_request(request: Request, config: ModelConfig, name: str) -> Request:
+    """The request with every default in its place, if a model can make it as far as that shows without its picture.
+
+    name: of the model, for messages.
+
+    Raises:
+        TypeError: not a `Request`. ValueError: a setting is out of range, of the wrong kind, or not for this model.
+    """
+    if not isinstance(request, Request):
+        raise TypeError(f"expected a sdjax.Request, found {type(request).__name__}; write Request(prompt, seed=1, ...)")
+    resolved = with_defaults(request, config.sampling)
+    check_values({name: getattr(resolved, name) for name in settings(type(request))}, type(request))
+    channels, latent = config.unet.in_channels, config.unet.out_channels
+    if channels not in (latent, 9):
+        raise ValueError(
+            f"{name} has {channels} input channels; text-to-image, image-to-image and inpainting are for models with "
+            f"{latent} or 9"
+        )
+    if resolved.steps is not None and resolved.steps > config.schedule.steps:
+        raise ValueError(f"steps must be a whole number in [1, {config.schedule.steps}], found {resolved.steps}")
+    if request.clip_skip is not None and request.clip_skip >= config.clip.layers:
+        raise ValueError(f"clip_skip must lie in [0, {config.clip.layers}), found {request.clip_skip}")
+    if request.mask is not None and request.image is None:
+        raise ValueError("a mask needs the image that it belongs to")
+    size_of(request, config, None if request.image is None else (8, 8))  # any picture: what was asked for counts
+    return resolved
+
+
+# What follows from a request
+
+
+def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
+    """The request with every default in its place. defaults: the model's own."""
+    missing = ("steps", "guidance", "sampler", "spacing")
+    found = {name: getattr(defaults, name) for name in missing if getattr(request, name) is None}
+    if request.strength is None:
+        task = "img2img" if request.image is not None and request.mask is None else "inpaint"
+        found["strength"] = STRENGTHS[task]  # without a picture all is made from noise, too
+    return dataclasses.replace(request, **found)
+
+
+def task_of(request: Request) -> str:
+    """The one of `TASKS` that a request is."""
+    return "txt2img" if request.image is None else "img2img" if request.mask is None else "inpaint"
+
+
+def plan(request: Request, config: ModelConfig) -> Plan:
+    """The sampler's rows for one picture's settings, read-only."""
+    resolved = with_defaults(request, config.sampling)
+    values = {name: getattr(resolved, name) for name, known in settings().items() if known.in_plan}
+    return make_plan(config.schedule, **(values | {"guidance_interval": tuple(resolved.guidance_interval)}))
 
 
 def parse_size(text: Any) -> tuple[int, int]:
@@ -85,19 +491,10 @@ def parse_size(text: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def filled_in(request: Request, own: SamplingConfig) -> Request:
-    """The request with every default in its place."""
-    own_settings = {name: getattr(own, name) for name in ("steps", "guidance", "sampler", "spacing")}
-    settings = {name: value for name, value in own_settings.items() if getattr(request, name) is None}
-    if request.strength is None:
-        task = "img2img" if request.image is not None and request.mask is None else "inpaint"
-        settings["strength"] = STRENGTHS[task]  # without a picture all is made anew, too
-    return dataclasses.replace(request, **settings)
-
-
 def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None) -> tuple[int, int]:
-    """The (width, height) to work at: what was asked for, else near those of the picture that was given, else the
-    model's own.
+    """The (width, height) to work at: what was asked for, else near the given picture's, else the model's own.
+
+    given: (width, height) of the picture to start from, if there is one.
 
     Raises:
         ValueError: not a multiple of the latent cell, or one side of a picture's alone.
@@ -114,172 +511,36 @@ def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None
     return working_size(given, asked=(request.width, request.height), multiple=multiple)
 
 
-def check_request(request: Request, config: ModelConfig, name: str) -> Request:
-    """The request with every default in its place, if a model can make it as far as that shows without its picture.
+def requests_for(
+    prompts: str | Sequence[str],
+    *,
+    count: int = 1,
+    noise: str | Array | np.ndarray = "jax",
+    **named: Any,
+) -> list[Request]:
+    """A request for each prompt and each of `count` seeds: seed, seed + 1, ...
 
-    name: of the model, for messages.
+    noise: as in `Request`, or an array f32[b, h, w, c] with a row for each.
+    named: the other settings, by any of their names.
 
     Raises:
-        TypeError: not a `Request`. ValueError: a setting is out of range, of the wrong kind, or not for this model.
+        ValueError, TypeError: a setting that all share is not usable.
     """
-    if not isinstance(request, Request):
-        raise TypeError(f"expected a sdjax.Request, found {type(request).__name__}; write Request(prompt, seed=1, ...)")
-    full = filled_in(request, config.sampling)
-    check_settings(
-        prompts=[request.prompt],
-        negative_prompt=request.negative_prompt,
-        seed=request.seed,
-        clip_skip=request.clip_skip,
-        noise=request.noise,
-        **{setting: getattr(full, setting) for setting in SAMPLING},
-    )
-    channels, latent = config.unet.in_channels, config.unet.out_channels
-    if channels not in (latent, 9):
-        raise ValueError(
-            f"{name} has {channels} input channels; text-to-image, image-to-image and inpainting are for models with "
-            f"{latent} or 9"
-        )
-    if full.steps is not None and full.steps > config.schedule.steps:
-        raise ValueError(f"steps must be a whole number in [1, {config.schedule.steps}], found {full.steps}")
-    if request.clip_skip is not None and request.clip_skip >= config.clip.layers:
-        raise ValueError(f"clip_skip must lie in [0, {config.clip.layers}), found {request.clip_skip}")
-    if request.mask is not None and request.image is None:
-        raise ValueError("a mask needs the image that it belongs to")
-    size_of(request, config, None if request.image is None else (8, 8))  # any picture: what was asked for counts
-    return full
-
-
-class Plan(NamedTuple):
-    """How to sample one picture, on the host. rows: with guidance filled in, float64[s, ...]; calls: the first rows,
-    those that run; sigma: the level to start at.
-    """
-
-    rows: Rows
-    calls: int
-    sigma: float
-
-
-def plan(request: Request, config: ModelConfig) -> Plan:
-    """The rows for one picture's settings, read-only."""
-    full = filled_in(request, config.sampling)
-    settings = {name: getattr(full, name) for name in SAMPLING} | {"guidance_interval": tuple(full.guidance_interval)}
-    return _plan(config.schedule, **settings)
-
-
-@lru_cache(maxsize=256)
-def _plan(
-    config: ScheduleConfig,
-    *,
-    steps: int,
-    sampler: str,
-    spacing: str,
-    eta: float | None,
-    strength: float,
-    guidance: float,
-    guidance_rescale: float,
-    guidance_interval: tuple[float, float],
-) -> Plan:
-    schedule = noise_schedule(config)
-    sigma = schedule.levels(steps, spacing)
-    low, high = _interval(sigma, guidance_interval)
-    sigma = sigma[start_step(steps, strength) :]
-    chosen = SAMPLERS[sampler] if eta is None else ddim(eta)
-    count = len(chosen.plan(sigma).scale) if len(sigma) > 1 else 0
-    rows = chosen.rows(schedule, sigma, row_bound(count))
-    inside = (low < rows.levels.sigma) & (rows.levels.sigma <= high) & (np.arange(len(rows.scale)) < count)
-    scale = np.where(inside, guidance, 1.0)
-    steering = Guidance(scale, np.where(inside, guidance_rescale, 0.0), scale != 1)
-    rows = rows._replace(levels=rows.levels._replace(guidance=steering))
-    jax.tree.map(lambda leaf: leaf.setflags(write=False), rows)  # others will be given the same
-    return Plan(rows, count, float(sigma[0]))
-
-
-SAMPLING = ("steps", "guidance", "guidance_rescale", "guidance_interval", "sampler", "spacing", "eta", "strength")
-"""The fields of a request that its plan is made from."""
-
-
-def row_bound(count: int) -> int:
-    """The number of rows that a plan of `count` is filled up to."""
-    return max(ROW_BOUND, 1 << max(0, count - 1).bit_length())
-
-
-def stacked(plans: Sequence[Plan], *, alike: bool = False) -> tuple[Rows, np.ndarray]:
-    """The plans of a batch as rows f32[s, b, ...], and how many of them run for each picture, i32[b].
-
-    alike: all pictures count as guided where one of them is, and run as many rows as the longest plan has. No picture
-    changes by it; devices that have parts of one product must take the same branches.
-    """
-    rows: Rows = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *(plan.rows for plan in plans))
-    rows = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(np.float32), rows)
-    counts = np.array([plan.calls for plan in plans], np.int32)
-    if alike:
-        assert rows.levels.guidance is not None
-        used = rows.levels.guidance.used
-        counts[:], used[:] = counts.max(), used.any(axis=1, keepdims=True)
-    return rows, counts
-
-
-def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float, float]:
-    """Fractions of the steps -> the sigmas (low, high] that the guided steps start from."""
-    steps = len(sigma) - 1
-    first, last = (round(fraction * steps) for fraction in fractions)
-    high = np.inf if first == 0 else (sigma[first - 1] + sigma[first]) / 2
-    low = -1.0 if last == steps else (sigma[last - 1] + sigma[last]) / 2 if last > 0 else np.inf
-    return float(low), float(high)
-
-
-def check_settings(
-    *,
-    prompts: Any = ("",),
-    negative_prompt: Any = "",
-    steps: Any = 25,
-    guidance: Any = 7.5,
-    guidance_rescale: Any = 0.0,
-    guidance_interval: Any = (0.0, 1.0),
-    sampler: Any = "dpmpp_2m",
-    spacing: Any = "karras",
-    eta: Any = None,
-    seed: Any = 0,
-    count: Any = 1,
-    clip_skip: Any = None,
-    strength: Any = None,
-    noise: Any = "jax",
-    batch: Any = BATCH,
-) -> None:
-    """Raises ValueError, naming the setting, what was expected and what was found, unless all are usable."""
-
-    def need(good: bool, name: str, expected: str, found: Any) -> None:
-        if not good:
-            raise ValueError(f"{name} must be {expected}, found {found!r}")
-
-    def is_int(value: Any) -> bool:
-        return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-    def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
-        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        return number and low <= value <= high and abs(value) <= LARGEST_NUMBER
-
-    good = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(text, str) for text in prompts)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    good = isinstance(texts, Sequence) and len(texts) > 0 and all(isinstance(text, str) for text in texts)
     need(good, "prompt", "a string, or a list of at least one string", prompts)
-    need(isinstance(negative_prompt, str), "negative_prompt", "a string", negative_prompt)
-    for name, text in (*(("prompt", text) for text in prompts), ("negative_prompt", negative_prompt)):
-        whole = text.encode("utf-8", "replace").decode() == text
-        need(whole, name, "text (half of a character, or bytes that are none, cannot be kept in a recipe)", text)
-    need(is_int(steps) and steps > 0, "steps", "a whole number above 0", steps)
-    need(is_real(guidance), "guidance", "a finite number", guidance)
-    need(is_real(guidance_rescale, 0, 1), "guidance_rescale", "in [0, 1]", guidance_rescale)
-    good = isinstance(guidance_interval, tuple | list) and len(guidance_interval) == 2
-    good = (
-        good and all(is_real(end, 0, 1) for end in guidance_interval) and guidance_interval[0] <= guidance_interval[1]
-    )
-    need(good, "guidance_interval", "two fractions of the steps, 0 <= start <= stop <= 1", guidance_interval)
-    need(isinstance(sampler, str) and sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", sampler)
-    need(spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}", spacing)
-    need(eta is None or sampler == "ddim", "eta", f"left out for {sampler} (it belongs to ddim)", eta)
-    need(eta is None or is_real(eta, 0, 1), "eta", "in [0, 1]", eta)
-    need(not isinstance(noise, str) or noise in NOISES, "noise", f"one of {', '.join(NOISES)}, or an array", noise)
-    need(is_int(count) and count > 0, "count", "a whole number above 0", count)
-    need(is_int(batch) and batch > 0, "batch", "a whole number above 0", batch)
-    need(is_int(seed) and 0 <= seed <= 2**32 - count, "seed", "a whole number in [0, 2^32 - count]", seed)
-    need(clip_skip is None or (is_int(clip_skip) and clip_skip >= 0), "clip_skip", "a whole number from 0", clip_skip)
-    need(strength is None or is_real(strength, 0, 1), "strength", "in [0, 1]", strength)
+    check_positive(count=count)
+    shared = ours(named)
+    seed = shared.pop("seed", 0)
+    if is_int(named.get("seed"), -1, -1):
+        seed = random_seed(count)
+    check_seeds(seed, count)
+    total = len(texts) * count
+    if not isinstance(noise, str) and (np.ndim(noise) != 4 or len(noise) != total):
+        raise ValueError(f"noise must have the shape ({total}, h, w, c), found {np.shape(noise)}")
+    noises: list[Any] = [noise] * total if isinstance(noise, str) else list(noise)
+    return [
+        Request(text, seed=seed + j, noise=noises[i * count + j], **shared)
+        for i, text in enumerate(texts)
+        for j in range(count)
+    ]

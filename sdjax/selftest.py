@@ -30,7 +30,7 @@ from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.text.tokenizer import clip_tokenizer
-from sdjax.types import Array, Level, Params
+from sdjax.types import Array, NoiseLevel, Params
 
 PROMPTS = ("a photograph of an astronaut riding a horse", "Crème brûlée & 3 “curly” quotes — it's 日本 😀", "")
 TIMESTEPS = (1, 500, 999)
@@ -124,7 +124,7 @@ def checks(params: Params) -> Iterator[Check]:
         schedule = noise_schedule(ScheduleConfig())
         for name, sampler in SAMPLERS.items():
             rows = sampler.rows(schedule, reference[f"{name} sigma"])
-            rows = rows._replace(levels=Level(rows.levels.sigma, reference[f"{name} t"]))
+            rows = rows._replace(levels=NoiseLevel(rows.levels.sigma, reference[f"{name} t"]))
             found = run_toy(rows, reference[f"{name} start"])
             yield Check(f"sampler {name}", relative_error(found, reference[f"{name} end"]), SAMPLER_BOUND)
 

@@ -1,8 +1,8 @@
-"""Names shared by every module: array aliases, the axis letters, and the noise level that travels through sampling.
+"""Types shared by every module: array aliases, the noise level, and what a sampling loop is conditioned on.
 
-Axis letters, the same everywhere: b images, h w latent grid, H W pixels, c channels, l tokens, d
-width, n heads, s steps.
-Units: sigma in latent standard deviations, t in training timesteps [0, 999], images in [-1, 1].
+Axis letters, the same everywhere: b pictures (always the first axis), s rows of a sampler, h w latent grid, H W pixels,
+c channels, l tokens, d width, n heads.
+Units: sigma in latent standard deviations, t in training timesteps [0, 999], pictures in [-1, 1].
 """
 
 from __future__ import annotations
@@ -30,21 +30,35 @@ class Guidance(NamedTuple):
     used: Any
 
 
-class Level(NamedTuple):
-    """One noise level in both views, so that x = x0 + sigma * eps, and what holds there.
+class NoiseLevel(NamedTuple):
+    """One noise level in both views, so that x = x0 + sigma * eps, and what is steered there.
 
     sigma: f32[] or f32[b], noise standard deviation in latent units.
-    t: f32[] or f32[b], the training timestep that the network is told, in [0, 999] (fractions
-    allowed).
-    time: whatever the network has precomputed from t (`UNet.time_table`), or None.
+    t: f32[] or f32[b], the training timestep that the network is told, in [0, 999] (fractions allowed).
     guidance: of the prompt at this level, or None for a network that knows nothing of it.
     """
 
     sigma: Any
     t: Any
-    time: Any = None
     guidance: Guidance | None = None
 
 
-Predictor = Callable[[Latent, Level], Latent]  # (scaled latent, level) -> the network's output (epsilon or v)
-Denoiser = Callable[[Latent, Level], Latent]  # (x, level) -> x0_hat
+class Conditioning(NamedTuple):
+    """All that the networks in the sampling loop see besides x and the noise level, pictures along the first axis.
+
+    kv: {"unet": keys and values of every cross-attention, f[b, 2, l, n, d]}; axis 1: negative prompt, prompt.
+    shifts: {"unet": the timestep's shift of every residual block at every row of the sampler, f[b, s, c]}.
+    known: f[b, h, w, c], scaled latents of a picture to keep parts of.
+    mask: f[b, h, w, 1], 0 where `known` is kept (1 everywhere: nothing is kept).
+    concat: f[b, h, w, k], channels behind the latent; k = 0 for models without.
+    """
+
+    kv: Any
+    shifts: Any
+    known: Any
+    mask: Any
+    concat: Any
+
+
+Predictor = Callable[[Latent, NoiseLevel], Latent]  # (scaled latent, level) -> the network's output (epsilon or v)
+Denoiser = Callable[[Latent, NoiseLevel], Latent]  # (x, level) -> x0_hat

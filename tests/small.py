@@ -13,14 +13,14 @@ SMALL = dataclasses.replace(
     name="small",
     image_size=32,
     vae=dataclasses.replace(TINY.vae, channels=(8, 8, 16, 16)),
-    unet=dataclasses.replace(TINY.unet, channels=(32, 64), attention=(True, False), heads=(2, 2)),
+    unet=dataclasses.replace(TINY.unet, channels=(32, 64), transformer_layers=(1, 0), heads=(2, 2)),
 )
 
 MINI = ModelConfig(
     name="mini",
-    clip=CLIPConfig(vocab_size=530, length=16, width=16, layers=1, heads=2, mlp_width=32, pad_token=529),
+    text=(CLIPConfig(vocab_size=530, length=16, width=16, layers=1, heads=2, mlp_width=32, pad_token=529),),
     vae=VAEConfig(channels=(8,), res_blocks=1, groups=4),
-    unet=UNetConfig(channels=(16,), attention=(True,), heads=(2,), res_blocks=1, context_width=16, groups=4),
+    unet=UNetConfig(channels=(16,), transformer_layers=(1,), heads=(2,), res_blocks=1, context_width=16, groups=4),
     image_size=8,
     sampling=SamplingConfig(steps=2),
 )

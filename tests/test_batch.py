@@ -157,7 +157,7 @@ def test_a_csv_file_without_a_head_line_is_refused():
 
 def test_bad_lines_stop_the_job_or_are_left_out(here):
     lines = [dict(prompt="a"), dict(prompt="b", steps=0), dict(prompt="c")]
-    with pytest.raises(ValueError, match=r"1 lines are no requests .*line 2: steps must be"):
+    with pytest.raises(ValueError, match=r"1 lines are invalid .*line 2: steps must be"):
         prepared(here, lines)
     assert not list(here.iterdir())
     assert [line.number for line in prepared(here, lines, skip_bad=True)] == [2]
@@ -331,24 +331,24 @@ from pathlib import Path
 from PIL import Image
 from sdjax.jobs import run as batch
 from sdjax.jobs import outputs
-from sdjax.jobs.processes import ALONE, join
+from sdjax.jobs.processes import ALONE, initialize
 from tests.small import SMALL
 
 
 class Painter:  # stands for a Pipeline: the files are what is tested
     config = SMALL
 
-    def batch(self, requests, batch, on_error):
+    def batch(self, requests, batch_size, on_error):
         for request in requests:
             time.sleep(0.002)
-            while share.process == 0 and share.processes > 1 and not Path(sys.argv[7]).exists():
+            while share.process_index == 0 and share.process_count > 1 and not Path(sys.argv[7]).exists():
                 time.sleep(0.01)
             yield request, Image.new("RGB", (16, 16), (request.seed % 256, 0, 0))
 
 
 outputs.SHARD = 25
 out = Path(sys.argv[1])
-share = join(sys.argv[4], int(sys.argv[5]), int(sys.argv[6])) if sys.argv[4:] else ALONE
+share = initialize(sys.argv[4], int(sys.argv[5]), int(sys.argv[6])) if sys.argv[4:] else ALONE
 with batch.at_work(out, share), open(sys.argv[2]) as jobs:
     batch.prepare(jobs, ".jsonl", out, {}, {}, skip_bad=False, share=share)
     print("at work", flush=True)
@@ -435,7 +435,7 @@ def test_processes_share_a_job_and_one_that_is_killed_may_come_back(tmp_path, pr
         (["--coordinator", "h:99999", "--num-processes", "2", "--process-id", "0"], "HOST:PORT of process 0"),
         (["--distributed"], "the processes could not be joined"),
         (["--devices", "9"], "devices must be between 1 and the 4 of this machine"),
-        (["--devices", "3", "--split-params", "2"], "model must be a whole number that divides the 3 devices"),
+        (["--devices", "3", "--split-params", "2"], "model_parallel must be a whole number that divides the 3 devices"),
     ],
 )
 def test_impossible_processes_and_devices_are_one_clear_error(here, capsys, options, says):

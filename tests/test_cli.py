@@ -142,7 +142,7 @@ def test_without_a_model_the_box_paints_with_its_own_settings(here, capsys):
         (["txt2img", "x", "--sampler", "magic"], "sampler must be one of ddpm"),
         (["txt2img", "x", "--spacing", "magic"], "spacing must be one of leading"),
         (["txt2img", "x", "--eta", "0.5"], "eta must be left out for dpmpp_2m"),
-        (["txt2img", "x", "--seed", "-1"], "seed must be"),
+        (["txt2img", "x", "--seed", "-2"], "seed must be"),
         (["txt2img", "x", "--clip-skip", "9"], "skip must lie in"),
         (["txt2img", "x", "--model", "nothing"], "no such file or folder"),
         (["txt2img", "x", "--dtype", "int8"], "dtype must be"),
@@ -175,12 +175,12 @@ def test_info_describes_models(model, capsys):
 
 def test_interrupting_keeps_what_is_done(model, here):
     code = (
-        "import sys, sdjax.pipeline.pipeline as p, sdjax.cli as c\n"
-        "make = p.Pipeline.text_to_image\n"
-        "def once(self, *a, seed, **k):\n"
-        "    if seed: print('started', flush=True); import time; time.sleep(60)\n"
-        "    return make(self, *a, seed=seed, **k)\n"
-        "p.Pipeline.text_to_image = once\n"
+        "import sys, sdjax.pipeline.batching as b, sdjax.cli as c\n"
+        "start = b.Batches._started\n"
+        "def once(self, places):\n"
+        "    if places[0].request.seed: print('started', flush=True); import time; time.sleep(60)\n"
+        "    return start(self, places)\n"
+        "b.Batches._started = once\n"
         f"sys.exit(c.main(['txt2img', 'x', '-o', 'out', '--model', {model!r}, '--steps', '1', '--count', '9']))\n"
     )
     process = subprocess.Popen(interruptible("-c", code), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

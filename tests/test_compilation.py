@@ -10,7 +10,7 @@ import jax
 import pytest
 from PIL import Image
 
-from sdjax.devices.compilation import compilations, meanwhile
+from sdjax.devices.compilation import compilations, compile_in_background
 from sdjax.devices.placement import HERE, Placement
 from sdjax.models.params import random_params
 from sdjax.pipeline.programs import programs
@@ -46,21 +46,21 @@ def test_the_second_process_compiles_only_what_is_damaged(model, tmp_path):
     settings = ["--model", model, "--size", "16x16"]
     warm = command(tmp_path, "warmup", *settings)
     lines = warm.stdout.splitlines()
-    assert any(line.endswith(" s  paint") for line in lines)
-    assert any(line.endswith(" s  paint_row") for line in lines)
+    assert any(line.endswith(" s  sample") for line in lines)
+    assert any(line.endswith(" s  decode") for line in lines)
     assert lines[-1].endswith(f"programs; kept in {tmp_path / 'programs'}")
     kept = kept_programs(tmp_path)
-    assert {"jit_paint", "jit_paint_row"} <= set(kept)
+    assert {"jit_sample", "jit_decode"} <= set(kept)
     picture = command(tmp_path, "txt2img", "a cat", *settings, "--steps", "3", "-o", str(tmp_path / "cat.png"))
     assert picture.stderr == "", "XLA has nothing to say about programs from the cache"
     after = kept_programs(tmp_path)
     assert {name: after[name] for name in kept} == kept, "on a busy machine small ones, too, may become worth keeping"
     assert Path(tmp_path / "cat.png").is_file()
-    (step,) = (tmp_path / "programs").glob("jit_paint_row-*-cache")
+    (step,) = (tmp_path / "programs").glob("jit_sample-*-cache")
     size = step.stat().st_size
-    os.truncate(step, size // 2)  # as a kill leaves it
+    os.truncate(step, size // 2)  # as a crash leaves it
     again = command(tmp_path, "txt2img", "a cat", *settings, "--steps", "3", "-o", str(tmp_path / "cat.png"))
-    assert "was damaged; it is compiled and kept anew" in again.stderr
+    assert "was damaged; it is compiled again" in again.stderr
     assert step.stat().st_size > size // 2
 
 
@@ -83,12 +83,13 @@ def test_what_is_compiled_ahead_is_what_runs(placement, asked, tmp_path):
     pipe = dataclasses.replace(mini(), params=params, placement=placement)
     request = Request("a cat", **asked)
     programs.cache_clear()
-    with compilations() as ahead, meanwhile() as start:
+    with compilations() as ahead, compile_in_background() as start:
         start(programs_for(request, MINI, 2, placement=placement).values())
-    names = {"condition", "time_tables", "begin", "paint", "paint_row", "develop"}
+    names = {"condition", "initial_latents", "sample", "admit", "decode"} | ({"encode"} if "image" in asked else set())
     assert names <= set(ahead)
     with compilations() as then:
-        assert len(list(pipe.batch([request, dataclasses.replace(request, seed=1)], batch=2))) == 2
+        requests = [dataclasses.replace(request, seed=seed, steps=1 + seed % 3) for seed in range(9)]
+        assert len(list(pipe.batch(requests, batch_size=2))) == 9
         shown = pipe.image_to_image if "image" in asked else pipe.text_to_image
-        shown("a cat", count=2 * placement.shares, progress=lambda *_: None, **asked)
+        shown("a cat", count=2 * placement.data_parallel, progress=lambda *_: None, **asked)
     assert not names & set(then)

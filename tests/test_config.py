@@ -28,9 +28,9 @@ from sdjax.diffusion.schedule import SPACINGS
 VARIATION = dataclasses.replace(
     TINY,
     name="variation é",
-    clip=dataclasses.replace(TINY.clip, projection=32, skip=1, activation="gelu"),
+    text=(dataclasses.replace(TINY.clip, projection=32, skip=1, activation="gelu"),),
     vae=dataclasses.replace(TINY.vae, scaling_factor=0.1 + 0.2),
-    unet=dataclasses.replace(TINY.unet, attention=(True, False, True, False), linear_projection=True),
+    unet=dataclasses.replace(TINY.unet, transformer_layers=(1, 0, 1, 0), linear_projection=True),
     schedule=ScheduleConfig(curve="linear", prediction="v", zero_terminal_snr=True, beta_end=1 / 3),
 )
 
@@ -201,7 +201,7 @@ def test_a_configuration_made_in_python_is_checked_too():
     with pytest.raises(ValueError, match=r"odd: unet\.context_width 512 is not clip\.width 768"):
         ModelConfig("odd", unet=UNetConfig(context_width=512))
     with pytest.raises(ValueError, match=r"clip\.skip 12 must lie in \[0, 12\)"):
-        ModelConfig("odd", clip=CLIPConfig(skip=12))
+        ModelConfig("odd", text=(CLIPConfig(skip=12),))
 
 
 def test_downscale_is_the_side_of_a_latent_cell_in_pixels():

@@ -36,7 +36,7 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 OPENCLIP = dataclasses.replace(
     TINY,
     name="tiny-2",
-    clip=dataclasses.replace(TINY.clip, layers=3, activation="gelu", skip=1, projection=64, pad_token=0),
+    text=(dataclasses.replace(TINY.clip, layers=3, activation="gelu", skip=1, projection=64, pad_token=0),),
     unet=dataclasses.replace(TINY.unet, linear_projection=True),
     schedule=dataclasses.replace(TINY.schedule, prediction="v"),
 )

@@ -179,7 +179,7 @@ def test_streams_that_are_closed_never_end_in_a_file(model, tmp_path):
     assert Path("noisy.safetensors").read_bytes() == Path("quiet.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("module", ["sdjax.cli", "convert.command", "jax", "convert.read"])
+@pytest.mark.parametrize("module", ["sdjax.storage.files", "convert.command", "jax", "convert.read"])
 def test_an_interrupt_while_libraries_load_is_one_line(model, module):
     code = (
         "import os, signal, sys\n"

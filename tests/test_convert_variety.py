@@ -39,12 +39,12 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 MODEL = dataclasses.replace(
     MINI,
     vae=dataclasses.replace(MINI.vae, channels=(8, 16)),
-    unet=dataclasses.replace(MINI.unet, channels=(16, 32), attention=(True, False), heads=(2, 2)),
+    unet=dataclasses.replace(MINI.unet, channels=(16, 32), transformer_layers=(1, 0), heads=(2, 2)),
 )
 OPENCLIP = dataclasses.replace(
     MODEL,
     name="mini-2",
-    clip=dataclasses.replace(MODEL.clip, layers=2, activation="gelu", skip=1, projection=16, pad_token=0),
+    text=(dataclasses.replace(MODEL.clip, layers=2, activation="gelu", skip=1, projection=16, pad_token=0),),
     unet=dataclasses.replace(MODEL.unet, linear_projection=True),
     schedule=dataclasses.replace(MODEL.schedule, prediction="v"),
 )
@@ -551,7 +551,9 @@ def test_a_folder_with_averages_alone_takes_them(copied):
     assert any("moving averages were taken" in note for note in converted.report.notes)
 
 
-WIDE = dataclasses.replace(MODEL, name="wide", clip=dataclasses.replace(MODEL.clip, vocab_size=49408, pad_token=49407))
+WIDE = dataclasses.replace(
+    MODEL, name="wide", text=(dataclasses.replace(MODEL.clip, vocab_size=49408, pad_token=49407),)
+)
 
 
 def cached(top, config=MODEL, commits=("abc",), main_at="abc"):

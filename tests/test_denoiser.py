@@ -7,7 +7,7 @@ import pytest
 
 from sdjax.devices.platform import use_platform
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
-from sdjax.types import Guidance, Level
+from sdjax.types import Guidance, NoiseLevel
 
 X0 = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 EPS = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
@@ -31,12 +31,12 @@ def platform(request):
 
 def steered(scale, rescale=0.0, used=True):
     """A level at which a prompt steers."""
-    return Level(jnp.float32(1.0), None, None, Guidance(jnp.float32(scale), jnp.float32(rescale), jnp.bool_(used)))
+    return NoiseLevel(jnp.float32(1.0), None, Guidance(jnp.float32(scale), jnp.float32(rescale), jnp.bool_(used)))
 
 
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
 def test_a_network_that_knows_the_noise_gives_back_the_picture(sigma):
-    level = Level(jnp.float32(sigma), None)
+    level = NoiseLevel(jnp.float32(sigma), None)
     x = X0 + sigma * EPS
     scale = 1 / np.sqrt(1 + sigma**2)
     np.testing.assert_allclose(to_denoiser(lambda x, level: EPS, "epsilon")(x, level), X0, atol=1e-5)
@@ -46,14 +46,14 @@ def test_a_network_that_knows_the_noise_gives_back_the_picture(sigma):
 
 def test_the_network_sees_the_variance_preserving_view():
     seen = []
-    to_denoiser(lambda x, level: seen.append(x) or x, "epsilon")(X0 * 5, Level(jnp.float32(2.0), None))
+    to_denoiser(lambda x, level: seen.append(x) or x, "epsilon")(X0 * 5, NoiseLevel(jnp.float32(2.0), None))
     np.testing.assert_allclose(seen[0], X0 * np.sqrt(5), rtol=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6, 4096.0])
 def test_epsilon_and_v_are_two_names_of_one_belief(sigma):
     """Whatever eps a network believes in, the v of that belief (Salimans & Ho 2022, eq. 10) denoises to the same."""
-    level = Level(jnp.float32(sigma), None)
+    level = NoiseLevel(jnp.float32(sigma), None)
     signal, noise = 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
 
     def as_v(x, level):
@@ -67,7 +67,7 @@ def test_epsilon_and_v_are_two_names_of_one_belief(sigma):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_state_stays_float32_whatever_the_network_computes_in(prediction):
-    level = Level(jnp.float32(1.0), None)
+    level = NoiseLevel(jnp.float32(1.0), None)
     for dtype in (jnp.bfloat16, jnp.float16):
         found = to_denoiser(lambda x, level, dtype=dtype: EPS.astype(dtype), prediction)(X0, level)
         assert found.dtype == jnp.float32
@@ -81,9 +81,9 @@ def test_the_state_stays_float32_whatever_the_network_computes_in(prediction):
 
 def test_levels_may_differ_from_picture_to_picture():
     sigma = jnp.array([0.5, 3.0])
-    both = to_denoiser(lambda x, level: EPS, "epsilon")(X0, Level(sigma, None))
+    both = to_denoiser(lambda x, level: EPS, "epsilon")(X0, NoiseLevel(sigma, None))
     for i in range(2):
-        one = to_denoiser(lambda x, level: EPS, "epsilon")(X0, Level(sigma[i], None))
+        one = to_denoiser(lambda x, level: EPS, "epsilon")(X0, NoiseLevel(sigma[i], None))
         np.testing.assert_allclose(both[i], one[i], rtol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_gradients_go_through_guidance():
 
 def test_the_known_region_is_known_and_soft_masks_blend():
     mask = jnp.zeros((2, 4, 4, 1)).at[:, 2:].set(1.0).at[:, 1].set(0.25)
-    found = keep_known(lambda x, level: EPS, X0, mask)(X0, Level(jnp.float32(1.0), None))
+    found = keep_known(lambda x, level: EPS, X0, mask)(X0, NoiseLevel(jnp.float32(1.0), None))
     np.testing.assert_array_equal(found[:, 0], X0[:, 0])
     np.testing.assert_allclose(found[:, 2:], EPS[:, 2:], atol=1e-6)
     np.testing.assert_allclose(found[:, 1], 0.75 * X0[:, 1] + 0.25 * EPS[:, 1], atol=1e-6)

@@ -44,9 +44,11 @@ BOUND = 2e-5  # relative, in float32
 SMALL = dataclasses.replace(
     TINY,
     name="small",
-    clip=CLIPConfig(width=32, layers=2, heads=2, mlp_width=64),
+    text=(CLIPConfig(width=32, layers=2, heads=2, mlp_width=64),),
     vae=VAEConfig(channels=(8, 16), res_blocks=1, groups=4),
-    unet=UNetConfig(channels=(16, 32), attention=(True, False), heads=(2, 4), res_blocks=1, context_width=32, groups=8),
+    unet=UNetConfig(
+        channels=(16, 32), transformer_layers=(1, 0), heads=(2, 4), res_blocks=1, context_width=32, groups=8
+    ),
 )
 FILES = {
     "unet": ("unet/config.json", UNET),
@@ -378,7 +380,7 @@ def test_several_texts_for_one_latent_are_separate_calls_where_only_text_is_atte
 
     @jax.jit
     def both(latent, t, context):
-        return apply(latent, apply(t, method="time_table"), apply(context, method="text_kv"), method="predict")
+        return apply(latent, apply(t, method="embed_timesteps"), apply(context, method="text_kv"), method="predict")
 
     found = both(LATENT, T, np.concatenate([CONTEXT, CONTEXT[::-1]]))
     with torch.no_grad():

@@ -205,7 +205,7 @@ def test_the_hole_in_a_photograph_is_what_is_painted(photo):
         rgb = rng.integers(0, 255, (60, 90, 3 if photo == "colours" else 1), np.uint8) + np.zeros((1, 1, 3), np.uint8)
     hole = HOLE.repeat(10, 0).repeat(10, 1)
     rgba = np.dstack([rgb, np.where(hole, 0, 255).astype(np.uint8)])
-    with pytest.warns(UserWarning, match="a transparent part; that part is painted"):
+    with pytest.warns(UserWarning, match="a transparent part; that part is regenerated"):
         mask = images.load_mask(Image.fromarray(rgba), (90, 60))
     np.testing.assert_array_equal(mask == 1, hole)
 

@@ -93,7 +93,7 @@ BAD_JSON = [
     (b'{"prompt": "a", "guidance": 1e999}', "guidance must be a finite number"),
     (b'{"prompt": "a", "steps": true}', "steps must be a whole number"),
     (b'{"prompt": "a", "steps": 2.5}', "steps must be a whole number"),
-    (b'{"prompt": "a", "seed": -1}', "seed -1 means a random one to other tools"),
+    (b'{"prompt": "a", "seed": -2}', "seed must be a whole number"),
     (b'{"prompt": "a", "seed": 4294967296}', "seed must be a whole number"),
     (b'{"prompt": "a", "count": 4000000000}', "count must be 1,000,000 at most"),
     (b'{"prompt": "a", "count": 0}', "count must be a whole number above 0"),
@@ -109,10 +109,13 @@ BAD_JSON = [
     (b'{"prompt": "a", "init_image": "' + b"x" * 5000 + b'"}', "no such picture file"),
     (b'{"prompt": "a", "init_image": "/"}', "no such picture file; it is a folder"),
     (b'{"prompt": "a", "init_image": "/dev/null"}', "no such picture file; it is no file"),
-    (b'{"prompt": "a", "cfg_scale": 5}', "unknown field 'cfg_scale' (here it is called guidance)"),
+    (b'{"prompt": "a", "cfg_scale": 5, "guidance": 5}', "guidance is there twice, once as cfg_scale"),
+    (b'{"prompt": "a", "scale": 5}', "unknown field 'scale' (here it is called guidance)"),
     (b'{"prompt": "a", "Seed": 5}', "unknown field 'Seed' (here it is called seed)"),
-    (b'{"prompt": "a", "num_inference_steps": 5}', "(here it is called steps)"),
-    (b'{"prompt": "a", "denoising_strength": 0.5}', "(here it is called strength)"),
+    (b'{"prompt": "a", "num_steps": 5}', "(here it is called steps)"),
+    (b'{"prompt": "a", "clip_stop_at_last_layers": 2}', "(here it is called clip_skip, counted from 0)"),
+    (b'{"prompt": "a", "denoising_strength": 0.5}', "strength needs an init_image"),
+    (b'{"prompt": "a", "noise": [1, 2]}', "noise must be a string"),
     (b'{"prompt": "a", "lora": 5}', "unknown field 'lora'; the fields are"),
 ]
 
@@ -149,7 +152,8 @@ def test_tables_of_spreadsheets_are_read(table):
     ("head", "says"),
     [
         ("prompt,seed,seed", "two columns are called seed"),
-        ("prompt,cfg_scale", "unknown column 'cfg_scale' (here it is called guidance)"),
+        ("prompt,scale", "unknown column 'scale' (here it is called guidance)"),
+        ("prompt,guidance,cfg_scale", "two columns are called guidance"),
         ("prompt,Sampler name", "(here it is called sampler)"),
         ("prompt,lora", "unknown column 'lora'; the columns may be id, prompt"),
         ("seed,steps", "the first line must name the columns"),
@@ -359,7 +363,7 @@ def test_bad_lines_and_pictures_are_skipped_counted_and_written_down(model, caps
     Path("j.jsonl").write_bytes(b"\n".join(lines))
     status, shown = command(capsys, "j.jsonl", "-o", "out", *model)
     assert status == 2
-    assert "j.jsonl: 3 lines are no requests (--skip-bad goes on without them): line 2: byte 16" in shown.err
+    assert "j.jsonl: 3 lines are invalid (--skip-bad goes on without them): line 2: byte 16" in shown.err
     status, shown = command(capsys, "j.jsonl", "-o", "out", "--skip-bad", *model)
     assert status == 1
     assert "2 pictures made, 0 were there before, 2 failed" in shown.out
@@ -426,7 +430,7 @@ def test_lines_that_the_model_cannot_make_are_found_before_it_is_read(model, cap
     Path("j.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "steps": 1001}\n{"prompt": "a", "clip_skip": 5}')
     status, shown = command(capsys, "j.jsonl", "-o", "out", *model)
     assert status == 2
-    assert "2 lines are no requests" in shown.err
+    assert "2 lines are invalid" in shown.err
     assert "line 2: steps must be" in shown.err
 
 

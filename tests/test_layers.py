@@ -112,7 +112,7 @@ def test_every_kind_of_attention_is_a_plain_softmax(platform, queries, keys, mon
 @pytest.mark.parametrize("width", [40, 160])
 @pytest.mark.parametrize(("queries", "keys"), [(300, 77), (257, 640), (1024, 1024)], ids=lambda length: str(length))
 def test_flash_attention_is_a_plain_softmax_too(queries, keys, width):
-    """JAX's kernel for TPUs, interpreted, with everything that has to be filled up or masked."""
+    """JAX's kernel for TPUs, interpreted, with everything that has to be padded or masked."""
     q, k, v = qkv(queries, keys, width=width, dtype="bfloat16")
 
     def kernels(*inputs):

@@ -97,7 +97,7 @@ def test_a_model_is_known_by_its_content_whatever_its_times_say(folder, cache, t
 
 
 @pytest.mark.parametrize("damage", ["config.json", "params", "tokenizer/vocab.json"])
-def test_a_kept_conversion_that_is_damaged_is_made_anew(folder, cache, damage):
+def test_a_kept_conversion_that_is_damaged_is_regenerated(folder, cache, damage):
     load(folder)
     (kept,) = cache.iterdir()
     for file in [kept / damage] if (kept / damage).is_file() else (kept / damage).rglob("*"):

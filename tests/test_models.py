@@ -28,9 +28,11 @@ from tests.test_layers import equations, largest, normal
 
 SMALL = dataclasses.replace(
     TINY,
-    clip=CLIPConfig(vocab_size=64, length=12, width=32, layers=3, heads=2, mlp_width=64, projection=16, pad_token=0),
+    text=(CLIPConfig(vocab_size=64, length=12, width=32, layers=3, heads=2, mlp_width=64, projection=16, pad_token=0),),
     vae=VAEConfig(channels=(8, 8, 8, 16), res_blocks=1, groups=4),
-    unet=UNetConfig(channels=(16, 32), attention=(True, False), heads=(2, 4), res_blocks=1, context_width=32, groups=8),
+    unet=UNetConfig(
+        channels=(16, 32), transformer_layers=(1, 0), heads=(2, 4), res_blocks=1, context_width=32, groups=8
+    ),
 )
 FOLLOWING = dataclasses.replace(SD15, name="following", unet=UNetConfig(in_channels=8))  # an image to follow
 PARAMS = random_params(SMALL)
@@ -280,16 +282,16 @@ def test_timestep_embedding_is_cosines_then_sines():
 
 def test_the_time_table_of_many_steps_is_the_table_of_each():
     t = np.float32([[999, 500.5], [20, 1]])
-    table = unet(PARAMS["unet"], t, method="time_table")
+    table = unet(PARAMS["unet"], t, method="embed_timesteps")
     for i, j in np.ndindex(2, 2):
-        one = unet(PARAMS["unet"], t[i, j], method="time_table")
+        one = unet(PARAMS["unet"], t[i, j], method="embed_timesteps")
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), rows_of(table, (i, j)), one)
 
 
 def test_the_parts_of_the_network_make_the_whole():
     """Shifts for one t common to all rows, and keys and values of all prompts at once."""
     kv = unet(PARAMS["unet"], CONTEXT, method="text_kv")
-    time = unet(PARAMS["unet"], np.float32(700), method="time_table")
+    time = unet(PARAMS["unet"], np.float32(700), method="embed_timesteps")
     found = unet(PARAMS["unet"], LATENT, time, rows_of(kv, slice(0, 2)), method="predict")
     np.testing.assert_allclose(found, unet(PARAMS["unet"], LATENT, np.full(2, 700.0), CONTEXT[:2]), atol=2e-5)
 
@@ -297,10 +299,10 @@ def test_the_parts_of_the_network_make_the_whole():
 @pytest.mark.parametrize("attention", [(True, False), (False, False)], ids=["from the top", "in the middle"])
 def test_several_prompts_for_one_latent_are_separate_calls(attention):
     """Row i of the latents meets prompts i and i + 2, wherever the text enters first."""
-    config = dataclasses.replace(SMALL.unet, attention=attention)
+    config = dataclasses.replace(SMALL.unet, transformer_layers=tuple(map(int, attention)))
     params = random_params(dataclasses.replace(SMALL, unet=config))["unet"]
     kv = unet(params, CONTEXT, config=config, method="text_kv")
-    time = unet(params, np.float32(700), config=config, method="time_table")
+    time = unet(params, np.float32(700), config=config, method="embed_timesteps")
     predict = partial(unet, params, LATENT, time, config=config, method="predict")
     first, second = predict(rows_of(kv, slice(0, 2))), predict(rows_of(kv, slice(2, 4)))
     np.testing.assert_allclose(predict(kv), np.concatenate([first, second]), atol=5e-5)
@@ -309,7 +311,7 @@ def test_several_prompts_for_one_latent_are_separate_calls(attention):
 
 def test_what_comes_before_the_text_is_computed_once_for_all_prompts():
     kv = unet(PARAMS["unet"], CONTEXT, method="text_kv")
-    time = unet(PARAMS["unet"], np.float32(700), method="time_table")
+    time = unet(PARAMS["unet"], np.float32(700), method="embed_timesteps")
     predict = partial(UNet(SMALL.unet).apply, {"params": PARAMS["unet"]}, method="predict")
     with use_platform("gpu"):  # where a convolution is one operation
         traced = jax.make_jaxpr(predict)(LATENT, time, kv)

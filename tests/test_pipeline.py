@@ -5,6 +5,7 @@ The networks are the tiny preset's with fewer levels, so that programs compile i
 
 import dataclasses
 import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 
 from sdjax import image as images
-from sdjax.diffusion.sample import image_keys, initial_noise
+from sdjax.diffusion.plan import stack_plans
+from sdjax.diffusion.sample import first_state, image_keys, initial_noise
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, q_sample
 from sdjax.models.params import random_params
@@ -25,7 +27,7 @@ from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.pipeline import functions
 from sdjax.pipeline.pipeline import Pipeline
-from sdjax.request import Request, plan, stacked
+from sdjax.request import Request, plan
 from sdjax.text.tokenizer import clip_tokenizer
 from tests.small import SMALL
 
@@ -89,7 +91,7 @@ def test_a_picture_depends_on_its_own_seed_alone(pipe):
     alone = latents(seed=5, count=3, batch=1)
     assert alone.shape == (3, 5, 7, 4)
     assert np.abs(alone[0] - alone[1]).max() > 0.1
-    in_batch = latents(seed=5, count=3, batch=2)[:3]  # the last batch is filled up
+    in_batch = latents(seed=5, count=3, batch=2)[:3]  # the last batch is padded
     np.testing.assert_allclose(in_batch, alone, atol=1e-5 * np.abs(alone).max())
     elsewhere = latents(seed=4, count=2, batch=2)
     np.testing.assert_allclose(elsewhere[1], alone[0], atol=1e-5 * np.abs(alone).max())
@@ -214,7 +216,7 @@ def test_strength_1_is_text_to_image_from_the_same_noise(pipe, photo, astronaut)
 
 
 def test_the_way_from_the_photograph_grows_with_strength(pipe, photo):
-    known = functions.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
+    known = functions.encode(pipe.params, jnp.asarray(images.to_array(photo))[None], config=SMALL)
     settings = dict(seed=3, guidance=2, sampler="ddim", steps=8, **SIZE)
     ways = [
         np.linalg.norm(latents_of(pipe.image_to_image, "a cat", photo, strength=strength, **settings) - known)
@@ -247,10 +249,10 @@ def test_inpainting_leaves_every_unmasked_pixel_as_it_was(request, photo, model,
     assert np.abs(pixels(picture) - pixels(photo))[np.asarray(mask) == 255].mean() > 5
 
 
-def test_the_known_region_is_held_in_the_latent_and_the_rest_is_made_anew(pipe, photo):
+def test_the_known_region_is_held_in_the_latent_and_the_rest_is_regenerated(pipe, photo):
     mask = masks(*photo.size)["hard"]
     found = latents_of(pipe.inpaint, "a cat", photo, mask, **FAST)
-    known = functions.encode_images(pipe.params["vae"], jnp.asarray(images.to_array(photo))[None], config=SMALL)
+    known = functions.encode(pipe.params, jnp.asarray(images.to_array(photo))[None], config=SMALL)
     small = np.asarray(mask)[::8, ::8] / 255
     np.testing.assert_allclose(found[0][small == 0], known[0][small == 0], atol=1e-5)
     assert np.abs(found[0] - known[0])[small == 1].max() > 0.1
@@ -262,7 +264,7 @@ def test_the_known_region_starts_at_the_noised_picture_and_the_rest_at_noise():
     mask = rng.integers(0, 2, (1, 5, 7, 1)).astype(np.float32)
     schedule = noise_schedule(SMALL.schedule)
     sigma = np.float32(schedule.sigmas[999:])
-    x = functions.start(noise, sigma, known, mask, np.array([True]))
+    x = functions.start_from(noise, sigma, known, mask, np.array([True]))
     x = x * np.sqrt(schedule.alpha_bars[999])  # variance preserving, as the network sees it
     expected = np.where(mask == 0, q_sample(schedule, known, np.array([999]), noise), noise)
     np.testing.assert_allclose(x, expected, atol=1e-5)
@@ -286,19 +288,13 @@ def test_an_inpainting_model_sees_the_mask_and_the_picture_outside_it_alone(inpa
     def changed(picture, where):
         return Image.fromarray(np.where(where[..., None], 255 - np.asarray(picture), picture).astype(np.uint8))
 
-    concat = functions.inpainting_channels(
-        inpaint_pipe.params["vae"],
-        jnp.asarray(images.to_array(photo))[None],
-        jnp.asarray(mask, jnp.float32)[None, ..., None] / 255,
-        config=SMALL_INPAINT,
-    )
+    def channels(picture):
+        encode = partial(functions.encode, inpaint_pipe.params, config=SMALL_INPAINT)
+        white = jnp.asarray(mask, jnp.float32)[None, ..., None] / 255
+        return functions.inpainting_channels(encode, images.to_array(picture)[None], white, downscale=8)
+
     inside = np.asarray(mask) == 255
-    hidden = functions.inpainting_channels(
-        inpaint_pipe.params["vae"],
-        jnp.asarray(images.to_array(changed(photo, inside)))[None],
-        jnp.asarray(mask, jnp.float32)[None, ..., None] / 255,
-        config=SMALL_INPAINT,
-    )
+    concat, hidden = channels(photo), channels(changed(photo, inside))
     assert concat.shape == (1, 5, 7, 5)
     assert np.array_equal(concat[0, ..., 0], np.asarray(mask)[::8, ::8] / 255)
     assert np.array_equal(hidden, concat)
@@ -378,14 +374,11 @@ def test_another_prompt_guidance_seed_or_model_compiles_nothing(pipe, photo, ast
 
 
 def test_parameters_are_arguments_and_never_constants(pipe):
-    rows, calls = stacked([plan(Request("a cat", steps=4), SMALL)])
-    rows = functions.time_tables(pipe.params["unet"], rows, config=SMALL)
-    context = jnp.zeros((2, SMALL.clip.length, SMALL.unet.context_width))
-    kv = functions.text_kv(pipe.params["unet"], context, config=SMALL)
+    rows, calls = stack_plans([plan(Request("a cat", steps=4), SMALL)])
     known, mask, concat = (jnp.zeros((1, 5, 7, channels)) for channels in (4, 1, 0))
-    inputs = functions.Inputs(pipe.params["unet"], kv, known, mask, concat)
-    arguments = (inputs, rows, calls, known, image_keys([0]))
-    traced = functions.generate_latents.trace(*arguments, config=SMALL)
+    ids = np.zeros((1, 2, SMALL.clip.length), np.int32)
+    given = functions.condition(pipe.params, ids, rows, known, mask, concat, config=SMALL)
+    traced = functions.sample.trace(pipe.params, first_state(rows, calls, known, image_keys([0]), given), config=SMALL)
     assert max((np.size(constant) for constant in constants(traced.jaxpr)), default=0) < 100
 
 

@@ -31,12 +31,14 @@ BAD = [
     (dict(spacing="cosine"), "spacing must be one of leading, .*, found 'cosine'"),
     (dict(eta=0.5), "eta must be left out for dpmpp_2m"),
     (dict(eta=2, sampler="ddim"), r"eta must be in \[0, 1\], found 2"),
-    (dict(seed=-1), "seed must be a whole number in"),
+    (dict(seed=-2), "seed must be a whole number in"),
     (dict(seed=2**32), "seed must be a whole number in"),
     (dict(seed=2**32 - 1, count=2), "seed must be a whole number in"),
     (dict(seed=0.5), "seed must be a whole number in"),
     (dict(count=0), "count must be a whole number above 0"),
+    (dict(batch_size=0), "batch_size must be a whole number above 0"),
     (dict(batch=0), "batch must be a whole number above 0"),
+    (dict(guidance=3, cfg_scale=7), "guidance is given twice"),
     (dict(clip_skip=-1), "clip_skip must be a whole number from 0"),
     (dict(clip_skip=2), r"skip must lie in \[0, 2\), found 2"),
     (dict(width=60), "width and height must be multiples of 8, found 60x64; try 64x64"),
@@ -76,7 +78,7 @@ def mask_of(rows):
         (dict(width=64), "give both width and height, or neither"),
         (dict(width=0, height=0), "multiples of 8, found 0x0"),
         (dict(mask=Image.new("L", (56, 40))), "the mask is black everywhere"),
-        (dict(mask=mask_of(slice(9, 15))), "too fine and would paint nothing; make it 8 pixels wide or more"),
+        (dict(mask=mask_of(slice(9, 15))), "too fine and would regenerate nothing; make it 8 pixels wide or more"),
         (dict(mask=Image.new("L", (40, 56), 255)), "the mask is 40x56 and the picture 56x40"),
         (dict(mask="no.png"), "no.png: no such picture file"),
         (dict(image="no.png"), "no.png: no such picture file"),
@@ -91,7 +93,7 @@ def test_a_bad_setting_of_inpainting_is_one_clear_error(pipe, settings, message)
 
 
 def test_a_tokenizer_of_another_model_is_refused(pipe):
-    config = dataclasses.replace(TINY, clip=dataclasses.replace(TINY.clip, vocab_size=1000, pad_token=0))
+    config = dataclasses.replace(TINY, text=(dataclasses.replace(TINY.clip, vocab_size=1000, pad_token=0),))
     with pytest.raises(ValueError, match="use the tokenizer that belongs to the model"):
         dataclasses.replace(pipe, config=config).text_to_image("a cat", steps=4)
 

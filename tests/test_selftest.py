@@ -56,7 +56,7 @@ def test_one_wrong_weight_one_wrong_sampler_and_a_wrong_tokenizer_are_seen(monke
 
 
 def test_another_model_is_compared_with_itself_in_float32():
-    unet = dataclasses.replace(TINY.unet, channels=(32,), attention=(True,), heads=(2,))
+    unet = dataclasses.replace(TINY.unet, channels=(32,), transformer_layers=(1,), heads=(2,))
     config = dataclasses.replace(TINY, unet=unet, vae=dataclasses.replace(TINY.vae, channels=(16, 32)))
     pipe = Pipeline(config, random_params(config, dtype="bfloat16"), clip_tokenizer(), "mine")
     checks = list(selftest.model_checks(pipe))

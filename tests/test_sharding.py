@@ -1,16 +1,16 @@
 """Over devices: a picture is the same on any number of them, and they have nothing to tell each other."""
 
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from sdjax.devices.placement import HERE, Placement
-from sdjax.diffusion.sample import image_keys
-from sdjax.pipeline.functions import Batch
+from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.programs import programs
-from sdjax.request import Request, plan, stacked
+from sdjax.request import Request
 from tests.small import MINI, mini
 
 DEVICES = jax.local_devices()
@@ -32,7 +32,7 @@ def pipe():
 
 def drawn(pipe, batch):
     """Pictures by seed, i32[h, w, 3]."""
-    made = {request.seed: np.asarray(image).astype(int) for request, image in pipe.batch(REQUESTS, batch=batch)}
+    made = {request.seed: np.asarray(image).astype(int) for request, image in pipe.batch(REQUESTS, batch_size=batch)}
     return [made[request.seed] for request in REQUESTS]
 
 
@@ -43,7 +43,7 @@ def alone(pipe):
 
 @pytest.mark.parametrize(
     "placement",
-    [dict(), dict(devices=DEVICES[:2], parallel="pmap"), dict(model=2)],
+    [dict(), dict(devices=DEVICES[:2], parallel="pmap"), dict(model_parallel=2)],
     ids=["four devices", "pmap over two", "parameters over two, pictures over two"],
 )
 def test_pictures_are_those_of_one_device(pipe, alone, placement):
@@ -64,7 +64,8 @@ def optimised():
 def latents(pipe, requests, placement):
     """float32, before they are made into pictures."""
     of_model, params = programs(MINI, placement), placement.put(pipe.params)
-    return np.asarray(of_model.paint(*batch_of(pipe, requests, placement, params)))
+    carry, _ = of_model.sample(params, state_for(pipe, requests, placement, params), np.int32(64))
+    return np.asarray(carry.x)
 
 
 FOUR = [Request(str(i), seed=i, steps=2 + i, sampler="dpmpp_2m_sde", **SIZE) for i in range(4)]
@@ -72,8 +73,8 @@ FOUR = [Request(str(i), seed=i, steps=2 + i, sampler="dpmpp_2m_sde", **SIZE) for
 
 def test_exact_latents_have_the_same_bits_in_any_batch_on_any_device(pipe, optimised):
     """A stochastic sampler: alone, and third of four on two devices."""
-    together = latents(pipe, FOUR, Placement(tuple(DEVICES[:2]), exact=True))
-    np.testing.assert_array_equal(together[2], latents(pipe, FOUR[2:3], Placement(exact=True))[0])
+    together = latents(pipe, FOUR, Placement(tuple(DEVICES[:2]), batch_invariant=True))
+    np.testing.assert_array_equal(together[2], latents(pipe, FOUR[2:3], Placement(batch_invariant=True))[0])
 
 
 def test_latents_are_the_same_in_any_batch_on_any_device_up_to_rounding(pipe):
@@ -81,36 +82,31 @@ def test_latents_are_the_same_in_any_batch_on_any_device_up_to_rounding(pipe):
     np.testing.assert_allclose(together[2], single[0], rtol=0, atol=1e-5 * np.abs(single).max())
 
 
-def batch_of(pipe, requests, placement, params):
-    """The arguments of `paint`."""
+def state_for(pipe, requests, placement, params):
+    """The pictures before the first step."""
     of_model = programs(MINI, placement)
-    texts = [request.negative_prompt for request in requests] + [request.prompt for request in requests]
-    ids = pipe.tokenizer(texts, MINI.clip.length, MINI.clip.pad_token).reshape(2, len(requests), -1)
-    kv = of_model.condition(None)(params["text"], params["unet"], ids)
-    plans = [plan(request, MINI) for request in requests]
-    rows, counts = stacked(plans)
-    rows = of_model.time_rows(params["unet"], rows)
-    keys, zeros = image_keys([request.seed for request in requests]), np.zeros((len(requests), 8, 8, 4), np.float32)
-    ones, yes = np.ones((*zeros.shape[:3], 1), np.float32), np.ones(len(requests), bool)
-    sigma = np.array([worked_out.sigma for worked_out in plans], np.float32)
-    x = of_model.begin(keys, zeros, yes, sigma, zeros, ones, yes)
-    return params["unet"], Batch(kv, zeros, ones, zeros[..., :0]), rows, counts, x, keys
+    batch = assemble([replace(pipe, placement=placement, params=params)._prepared(one, {}) for one in requests], MINI)
+    given = conditioned(of_model.condition(None), params, batch)
+    return state_of(batch, initial(of_model.initial_latents, batch), given)
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_programs_hold_no_collective(pipe, parallel):
     placement = Placement(tuple(DEVICES[:2]), parallel)
     of_model, params = programs(MINI, placement), placement.put(pipe.params)
-    arguments = batch_of(pipe, REQUESTS[:2], placement, params)
-    painted = of_model.paint.lower(*arguments).compile().as_text()
-    developed = of_model.develop.lower(params["vae"], arguments[4]).compile().as_text()
-    for text in (painted, developed):
+    state = state_for(pipe, REQUESTS[:2], placement, params)
+    lowered = (
+        of_model.sample.lower(params, state, np.int32(64)),
+        of_model.admit.lower(state, state, np.array([-1, 0], np.int32)),
+        of_model.decode.lower(params, state.carry.x),
+    )
+    for text in (one.compile().as_text() for one in lowered):
         assert "num_partitions=2" in text or "replica_count=2" in text
         assert not re.search(COLLECTIVES, text)
 
 
 def test_parameters_are_split_where_they_can_be(pipe):
-    placement = Placement(tuple(DEVICES), model=2)
+    placement = Placement(tuple(DEVICES), model_parallel=2)
     params = placement.put(pipe.params)
     whole, part = (
         sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
@@ -143,7 +139,7 @@ def test_nothing_is_compiled_anew_for_other_settings(pipe):
 
 def compiled(placement):
     of_model = programs(MINI, placement)
-    return [of_model.condition(None).program, of_model.time_rows.program, of_model.paint.program]
+    return [of_model.condition(None).program, of_model.initial_latents.program, of_model.sample.program]
 
 
 @pytest.mark.parametrize(
@@ -152,9 +148,9 @@ def compiled(placement):
         (dict(parallel="both"), "jit or pmap"),
         (dict(devices=()), "at least one"),
         (dict(devices=(DEVICES[0],) * 2), "named once"),
-        (dict(devices=tuple(DEVICES), model=3), "divides the 4 devices"),
-        (dict(devices=tuple(DEVICES), model=2, parallel="pmap"), "neither with pmap"),
-        (dict(devices=tuple(DEVICES), model=2, exact=True), "nor with exact"),
+        (dict(devices=tuple(DEVICES), model_parallel=3), "divides the 4 devices"),
+        (dict(devices=tuple(DEVICES), model_parallel=2, parallel="pmap"), "neither with pmap"),
+        (dict(devices=tuple(DEVICES), model_parallel=2, batch_invariant=True), "nor with exact"),
     ],
 )
 def test_impossible_placements_are_refused(wrong, says):

@@ -53,7 +53,7 @@ def test_what_has_just_changed_is_not_trusted(kept):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": 3}', "{", '{"x": []}'])
-def test_a_damaged_index_is_made_anew(kept, content, monkeypatch):
+def test_a_damaged_index_is_regenerated(kept, content, monkeypatch):
     monkeypatch.setattr(cache, "UNSETTLED", -(10**12))
     file = kept / "model"
     file.write_bytes(b"content")

@@ -23,7 +23,7 @@ FEW = ["--steps", "2", "--batch", "4", "--warmup", "0", "--save-every", "1"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("train") / "small.safetensors"
-    config = dataclasses.replace(MINI, clip=dataclasses.replace(MINI.clip, vocab_size=TINY.clip.vocab_size))
+    config = dataclasses.replace(MINI, text=(dataclasses.replace(MINI.clip, vocab_size=TINY.clip.vocab_size),))
     write_safetensors(path, config, random_params(config))
     return str(path)
 

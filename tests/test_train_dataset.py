@@ -19,8 +19,7 @@ from sdjax import cli
 from sdjax.config import SamplingConfig
 from sdjax.pipeline.recipe import encoded, recipe_of
 from sdjax.request import Request
-from sdjax.train import dataset
-from sdjax.train import stream as data
+from sdjax.train import cache, dataset
 from tests.test_train_data import PNG, comma_separated, jsonl, write, write_tar
 
 JPEG = io.BytesIO()
@@ -32,7 +31,7 @@ GOOD = {"good.png": PNG, "good.txt": "good"}
 
 def opened(path):
     """The names of the examples, with what was left out."""
-    found = data.open_dataset(path, on_error="skip")
+    found = dataset.open_dataset(path, on_error="skip")
     return [example.name for example in found.examples], found.skipped, found.passed_over
 
 
@@ -52,7 +51,7 @@ def test_linked_folders_and_files_are_followed_and_dead_links_named(tmp_path):
     assert skipped == {"y.jpg": "a link to nothing (../gone.jpg)"}
     assert passed_over["links to folders that were read already"] == 1
     with pytest.raises(ValueError, match=r"1 broken of 5 examples: y\.jpg: a link to nothing"):
-        data.open_dataset(folder)
+        dataset.open_dataset(folder)
 
 
 def test_of_a_folder_and_links_to_it_the_folder_itself_is_read(tmp_path):
@@ -106,12 +105,12 @@ def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, suffix):
     assert skipped[f"*{suffix.lower()}"].startswith(f"2 of a kind of picture that is not read, such as a{suffix}; save")
     assert passed_over == {}
     with pytest.raises(ValueError, match="of a kind of picture that is not read"):
-        data.open_dataset(tmp_path)
+        dataset.open_dataset(tmp_path)
 
 
 def test_other_files_are_counted_by_kind_and_stop_nothing(tmp_path):
     more = {"readme.txt": "hello", "notes.md": "", ".DS_Store": b"\0", "LICENSE": "", "sub/x.npz": b"", "x.NPZ": b""}
-    found = data.open_dataset(write(tmp_path, GOOD | more))
+    found = dataset.open_dataset(write(tmp_path, GOOD | more))
     assert [example.name for example in found.examples] == ["good.png"]
     assert found.skipped == {}
     assert found.passed_over == {
@@ -178,13 +177,13 @@ def test_pictures_that_break_in_decoding_are_left_out_alone(tmp_path, content, r
     assert list(skipped) == ["x.jpg"]
     assert reason in skipped["x.jpg"]
     with pytest.raises(ValueError, match=r"1 broken of 2 examples: x\.jpg: "):
-        data.open_dataset(path)
+        dataset.open_dataset(path)
 
 
 def test_metadata_of_a_picture_never_stops_its_use(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\xff\xff\xff\xff\x7f"
     odd = JPEG[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + JPEG[2:]
-    found = data.open_dataset(write(tmp_path, {"x.jpg": odd, "x.txt": "x"}))
+    found = dataset.open_dataset(write(tmp_path, {"x.jpg": odd, "x.txt": "x"}))
     assert found.picture(0, 8).shape == (8, 8, 3)
 
 
@@ -209,11 +208,11 @@ def test_a_bad_line_of_a_table_costs_that_line_alone(tmp_path, case):
     (tmp_path / "dead.png").symlink_to("gone")
     lines = [b'{"file_name": "good.png", "text": "x"}', LINES[case], b'{"file_name": "last.png", "text": "x"}']
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join(lines))
-    found = data.open_dataset(tmp_path, on_error="skip")
+    found = dataset.open_dataset(tmp_path, on_error="skip")
     assert [example.name for example in found.examples] == ["good.png", "last.png"]
     assert sum("line 2" in name + reason for name, reason in found.skipped.items()) == 1
     with pytest.raises(ValueError, match="line 2"):
-        data.open_dataset(tmp_path)
+        dataset.open_dataset(tmp_path)
 
 
 ROWS = {
@@ -237,7 +236,7 @@ def test_a_bad_row_of_a_table_costs_that_row_alone(tmp_path, case):
 def test_two_columns_of_one_name_are_refused(tmp_path):
     write(tmp_path, {"good.png": PNG, "metadata.csv": "file_name,text,text\ngood.png,x,y\n"})
     with pytest.raises(ValueError, match="two columns are called 'text'"):
-        data.open_dataset(tmp_path, on_error="skip")
+        dataset.open_dataset(tmp_path, on_error="skip")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with mark", "utf-16-be with mark"])
@@ -261,7 +260,7 @@ def test_text_comes_in_the_encodings_that_editors_write(tmp_path, encoding, kind
     else:
         table = comma_separated(rows).replace(",", {"csv": ",", "csv ;": ";", "csv tab": "\t"}[kind])
         path = write(tmp_path, {"good.png": PNG, "metadata.csv": bytes_of(table)})
-    (example,) = data.open_dataset(path).examples
+    (example,) = dataset.open_dataset(path).examples
     assert example.captions == (text,)
 
 
@@ -287,7 +286,7 @@ def test_a_shard_that_is_none_costs_that_shard_alone(tmp_path, content):
     assert names == ["1.tar/good.png"]
     assert list(skipped) == ["0.tar"]
     with pytest.raises(ValueError, match=r"1 broken of 2 examples: 0\.tar: "):
-        data.open_dataset(tmp_path)
+        dataset.open_dataset(tmp_path)
 
 
 def test_links_in_a_shard_are_named(tmp_path):
@@ -324,7 +323,7 @@ def test_a_shard_that_is_damaged_anywhere_is_read_as_far_as_it_goes_or_named(tmp
         content[place : place + 1] = data_.draw(st.binary(max_size=6))
     (folder / "1.tar").write_bytes(content)
     try:
-        found, said = data.open_dataset(folder / "1.tar", on_error="skip"), ""
+        found, said = dataset.open_dataset(folder / "1.tar", on_error="skip"), ""
     except ValueError as error:
         found, said = (), str(error)
     assert "\n" not in said
@@ -346,7 +345,7 @@ def test_lines_of_any_json_are_taken_or_named(tmp_path_factory, rows):
     write(folder, {"good.png": PNG})
     lines = [json.dumps({"file_name": "good.png", "text": "x"}), *(json.dumps(row) for row in rows)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    found = data.open_dataset(folder, on_error="skip")
+    found = dataset.open_dataset(folder, on_error="skip")
     assert len(found) + len(found.skipped) == len(lines)
 
 
@@ -363,7 +362,7 @@ def test_our_own_pictures_and_shards_bring_their_captions(tmp_path, suffix, name
     folder = write(tmp_path / "pictures", {name + suffix: files[name + suffix]} | own)
     shard = write_tar(tmp_path / "shard-000000.tar", files)
     for path in (folder, shard):
-        found = data.open_dataset(path)
+        found = dataset.open_dataset(path)
         assert [(example.name, example.captions) for example in found.examples] == [
             (name + suffix, ("a red field, dusk",))
         ]
@@ -398,9 +397,9 @@ def test_the_command_says_what_is_not_used(tmp_path, capsys, monkeypatch):
 
 def test_progress_counts_every_picture(tmp_path):
     seen = []
-    data.open_dataset(write(tmp_path, GOOD | {"x.png": PNG, "x.txt": "x"}), progress=lambda *step: seen.append(step))
+    dataset.open_dataset(write(tmp_path, GOOD | {"x.png": PNG, "x.txt": "x"}), progress=lambda *step: seen.append(step))
     assert seen == [(1, 2), (2, 2)]
-    assert dataset.open_dataset is data.open_dataset
+    assert dataset.open_dataset is dataset.open_dataset
 
 
 def test_pictures_are_not_decoded_again_until_one_changes(tmp_path, monkeypatch):
@@ -410,7 +409,7 @@ def test_pictures_are_not_decoded_again_until_one_changes(tmp_path, monkeypatch)
     error = dataset._error
     monkeypatch.setattr(dataset, "_error", lambda example: (seen.append(example.name), error(example))[1])
     for count in (2, 2):
-        assert len(data.open_dataset(folder)) == 2
+        assert len(dataset.open_dataset(folder)) == 2
         assert len(seen) == count
     (folder / "x.png").write_bytes(CUT)
     for count in (4, 4):
@@ -426,8 +425,8 @@ def test_what_may_pass_by_is_not_remembered(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "_content", lambda example: (_ for _ in ()).throw(OSError("stale handle")))
         with pytest.raises(ValueError, match=r"all are broken: good\.png: stale handle"):
-            data.open_dataset(folder, on_error="skip")
-    assert len(data.open_dataset(folder)) == 2
+            dataset.open_dataset(folder, on_error="skip")
+    assert len(dataset.open_dataset(folder)) == 2
 
 
 def test_members_whose_names_are_no_text_are_read_or_named(tmp_path, capsys):
@@ -437,9 +436,9 @@ def test_members_whose_names_are_no_text_are_read_or_named(tmp_path, capsys):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    found = data.open_dataset(tmp_path / "1.tar", on_error="skip")
+    found = dataset.open_dataset(tmp_path / "1.tar", on_error="skip")
     assert ([example.name for example in found.examples], list(found.skipped)) == ([f"{odd}.png"], [f"{odd}2.png"])
-    assert len(found.listing) == len(data.fingerprint(found)) == 64
+    assert len(found.listing) == len(cache.fingerprint(found)) == 64
     arguments = ["train", "vae", "--data", tmp_path / "1.tar", "--out", tmp_path / "run", "--preset", "tiny"]
     assert cli.main([str(argument) for argument in arguments]) == 2
     assert "m\\udcff2.png: not a picture of a known kind" in capsys.readouterr().err.replace(odd, "m\\udcff")
@@ -453,7 +452,7 @@ def test_weights_that_would_make_an_epoch_endless_are_named(tmp_path, weight):
 
 
 def test_a_data_set_is_known_by_what_it_holds_wherever_it_lies(tmp_path):
-    one, two = (data.open_dataset(write(tmp_path / name, GOOD)) for name in "ab")
+    one, two = (dataset.open_dataset(write(tmp_path / name, GOOD)) for name in "ab")
     assert one.listing == two.listing
     Path(tmp_path / "a" / "good.txt").write_text("other")
-    assert data.open_dataset(tmp_path / "a").listing != two.listing
+    assert dataset.open_dataset(tmp_path / "a").listing != two.listing

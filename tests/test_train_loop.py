@@ -28,7 +28,7 @@ from sdjax.train import loop
 from sdjax.train.dataset import open_dataset
 from sdjax.train.loop import claim, train
 from sdjax.train.settings import Settings
-from sdjax.train.tasks import task as tasks
+from sdjax.train.tasks import unet
 from sdjax.train.tasks.clip import clip_task
 from sdjax.train.tasks.task import Task
 from sdjax.train.tasks.unet import unet_task
@@ -421,7 +421,7 @@ def test_inpainting_model_is_refused(pictures, tmp_path):
 
 
 def test_projections_of_both_encoders_must_agree(pictures, tmp_path):
-    config = dataclasses.replace(MINI, clip=dataclasses.replace(MINI.clip, projection=8))
+    config = dataclasses.replace(MINI, text=(dataclasses.replace(MINI.clip, projection=8),))
     with pytest.raises(ValueError, match="projects to 8 and the image encoder to 16"):
         clip_task(dataclasses.replace(mini(), config=config), VISION, open_dataset(pictures), SETTINGS, tmp_path)
 
@@ -430,7 +430,7 @@ def test_latents_and_text_states_are_computed_once_and_again_when_their_encoder_
     pictures, tmp_path, monkeypatch
 ):
     made = []
-    real = tasks.cached
+    real = unet.cached
 
     def counted(path, key, make, count):
         def noted(first, last):
@@ -439,7 +439,7 @@ def test_latents_and_text_states_are_computed_once_and_again_when_their_encoder_
 
         return real(path, key, noted, count)
 
-    monkeypatch.setattr(tasks, "cached", counted)
+    monkeypatch.setattr(unet, "cached", counted)
     data, model = open_dataset(pictures), mini()
 
     def batch(part=None):

@@ -5,11 +5,13 @@
 
 Every line is the median over rounds that take turns. Measures (--only takes one of these names):
     recompiles   compilations while 50 random settings are drawn, after the first picture
-    loop         `generate_latents`, bounded at 64 rows, beside a scan of exactly as many rows as the pictures need
-    exact        `pipe.on(exact=True)` beside the default
+    loop         `functions.sample`, bounded at 64 rows, beside a scan of exactly as many rows as the pictures need
+    exact        `pipe.on(batch_invariant=True)` beside the default
     devices      all devices beside one of them, as many pictures on each; simulated ones share the cores of one CPU
     job          `sdjax batch` beside a loop over single pictures in the same process, files included; and beside
                  `Pipeline.batch` without files, which tells how long the device is idle
+    mixed        `sdjax batch` on a job of 10 to 60 steps, where a finished picture makes room for the next one, beside
+                 batches that run to their end
     flush        `sdjax batch` beside itself without flushing anything to the disk (of the working folder)
     start        the first picture of a fresh process, with nothing kept and with programs kept, and one more picture
     full         pictures a second of Stable Diffusion 1.5 at 512x512 with random weights, --batch at once (1 8 32); for
@@ -67,22 +69,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
-import numpy as np
 
 import sdjax
 from sdjax.config import SD15
 from sdjax.devices.compilation import compilations
-from sdjax.diffusion.sample import image_keys, initial_noise, sample
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.jobs import run as jobs
 from sdjax.models.params import cast, random_params
-from sdjax.pipeline.functions import Inputs, MakeDenoiser, encode_text, generate_latents, text_kv, time_tables
+from sdjax.pipeline.batching import Batches, assemble, conditioned, initial, state_of
+from sdjax.pipeline.functions import condition, initial_latents, sample
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.recipe import recipe_of, save_picture
-from sdjax.request import BATCH, Request, plan, stacked
+from sdjax.request import BATCH, Request, plan
 from sdjax.text.tokenizer import clip_tokenizer
 
 
@@ -128,36 +130,31 @@ def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
 
 
 def loop(pipe: Pipeline, options: argparse.Namespace) -> None:
-    config, unet = pipe.config, pipe.params["unet"]
-    side = config.image_size // config.vae.downscale
-    request = Request("red heart", steps=options.steps, sampler="dpmpp_2m")
-    worked_out = plan(request, config)
-    static = jax.jit(lambda inputs, rows, x, keys: sample(MakeDenoiser(config), inputs, rows, x, keys))
+    config, request = pipe.config, Request("red heart", steps=options.steps, sampler="dpmpp_2m")
+    planned = plan(request, config)
     for count in (1, BATCH):
-        ids = pipe.tokenizer([""] * count + [request.prompt] * count, config.clip.length, config.clip.pad_token)
-        kv = text_kv(unet, encode_text(pipe.params["text"], ids, config=config), config=config)
-        rows, counts = stacked([worked_out] * count)
-        rows, keys = time_tables(unet, rows, config=config), image_keys(range(count))
-        shape = (count, side, side, config.vae.latent_channels)
-        x = initial_noise(keys, shape[1:]) * np.float32(np.sqrt(worked_out.sigma**2 + 1))
-        zeros, ones = np.zeros(shape, np.float32), np.ones((*shape[:3], 1), np.float32)
-        inputs = Inputs(unet, kv, zeros, ones, zeros[..., : config.unet.in_channels - config.unet.out_channels])
-        needed = jax.tree.map(lambda leaf: leaf[: worked_out.calls], rows)
+        batch = assemble([pipe._prepared(request, {})] * count, config)
+        given = conditioned(partial(condition, config=config), pipe.params, batch)
+        bounded = state_of(batch, initial(initial_latents, batch), given)
+        shifts = jax.tree.map(lambda leaf: leaf[:, : planned.calls], given.shifts)
+        needed = jax.tree.map(lambda leaf: leaf[:, : planned.calls], batch.rows)
+        exactly = bounded._replace(rows=needed, given=given._replace(shifts=shifts))
         bounded_seconds, static_seconds = in_turns(
             options.rounds,
-            partial(generate_latents, inputs, rows, counts, x, keys, config=config),
-            partial(static, inputs, needed, x, keys),
+            lambda state=bounded: sample(pipe.params, state, config=config).carry.x,
+            lambda state=exactly: sample(pipe.params, state, config=config).carry.x,
         )
         print(
-            f"loop: {bounded_seconds:.3f} s for {worked_out.calls} of {len(rows.scale)} rows, {static_seconds:.3f} s "
-            f"for a scan of {worked_out.calls}, pictures at once {count}: ratio {bounded_seconds / static_seconds:.3f}",
+            f"loop: {bounded_seconds:.3f} s for {planned.calls} of {len(planned.rows.scale)} rows, "
+            f"{static_seconds:.3f} s for a scan of {planned.calls}, pictures at once {count}: "
+            f"ratio {bounded_seconds / static_seconds:.3f}",
             flush=True,
         )
 
 
 def exact(pipe: Pipeline, options: argparse.Namespace) -> None:
     settings = dict(count=BATCH, steps=options.steps)
-    one_by_one = pipe.on(jax.local_devices()[:1], exact=True)
+    one_by_one = pipe.on(jax.local_devices()[:1], batch_invariant=True)
     exact_seconds, free = in_turns(
         options.rounds,
         lambda: one_by_one.text_to_image("red heart", **settings) and None,
@@ -213,6 +210,35 @@ def job(pipe: Pipeline, options: argparse.Namespace) -> None:
         f"job: {count / in_job:.2f} pictures a second by sdjax batch, {count / alone:.2f} one after another: "
         f"{alone / in_job:.2f} times as many; {count / bare:.2f} without recipes and files, so that the device waits "
         f"{max(0.0, 1 - bare / in_job):.1%} of the time for them",
+        flush=True,
+    )
+
+
+def mixed(pipe: Pipeline, options: argparse.Namespace) -> None:
+    """A job of 10 to 60 steps, with places taken anew and with batches that run to their end."""
+    draw, count = random.Random(0), 32 * BATCH
+    text = "".join(
+        json.dumps({"prompt": "red heart", "seed": i, "steps": draw.randint(10, 60)}) + "\n" for i in range(count)
+    )
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            with jobs.at_work(out):
+                jobs.prepare(io.StringIO(text), ".jsonl", out, {}, {}, skip_bad=False)
+                jobs.run(pipe, out, model="", dtype="float32")
+
+    def to_the_end() -> None:
+        def together(batches: Batches, waiting: Any, shape: Any) -> Any:
+            yield batches._together(waiting.take(shape, batches.size))
+
+        with mock.patch.object(Batches, "_continuously", together):
+            whole()
+
+    anew, ended = in_turns(options.rounds, whole, to_the_end)
+    print(
+        f"mixed: {count / anew:.2f} pictures a second, {count / ended:.2f} in batches that run to their end: "
+        f"{ended / anew:.2f} times as many",
         flush=True,
     )
 
@@ -274,7 +300,7 @@ def full(_: Pipeline, options: argparse.Namespace) -> None:
     params = jax.device_put(cast(random_params(SD15), options.dtype))
     pipe = Pipeline(SD15, params, clip_tokenizer(), "sd15")
     for count in options.batch:
-        settings = dict(count=count, batch=count, steps=options.steps)
+        settings = dict(count=count, batch_size=count, steps=options.steps)
         (took,) = in_turns(options.rounds, lambda settings=settings: pipe.text_to_image("a cat", **settings) and None)
         print(
             f"full: {count / took:.4f} pictures a second, {count} at once ({options.dtype}, {options.steps} steps, "
@@ -283,7 +309,7 @@ def full(_: Pipeline, options: argparse.Namespace) -> None:
         )
 
 
-MEASURES = {measure.__name__: measure for measure in (recompiles, loop, exact, devices, job, flush, start, full)}
+MEASURES = {measure.__name__: measure for measure in (recompiles, loop, exact, devices, job, mixed, flush, start, full)}
 
 
 def main() -> None:

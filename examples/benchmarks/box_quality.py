@@ -41,9 +41,9 @@ from PIL import Image
 import sdjax
 from sdjax.config import BOX_VISION
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.image import from_uint8
+from sdjax.image import from_uint8, to_uint8
 from sdjax.models.clip import ImageEncoder, TextEncoder
-from sdjax.pipeline.functions import decode_latents, encode_images
+from sdjax.pipeline.functions import decode, encode
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.storage.checkpoint import read_tensors
 from sdjax.train.plots import curves, sheet
@@ -227,13 +227,13 @@ def draw(pipe: Pipeline, prompts: Sequence[str], count: int, **settings: Any) ->
     """Pictures u8[prompts * count, H, W, 3], the seeds 0 .. count - 1 of the first prompt first."""
     total = len(prompts) * count
     say(f"drawing {total} pictures {settings or ''}")
-    return np.stack([np.asarray(p) for p in pipe.text_to_image(prompts, count=count, batch=BATCH, **settings)])
+    return np.stack([np.asarray(p) for p in pipe.text_to_image(prompts, count=count, batch_size=BATCH, **settings)])
 
 
 def reconstruct(pipe: Pipeline, pictures: np.ndarray) -> np.ndarray:
     """The pictures through the autoencoder, by way of the posterior's mean, clipped and in 8 bit."""
-    latents = encode_images(pipe.params["vae"], from_uint8(pictures), config=pipe.config)
-    return np.asarray(decode_latents(pipe.params["vae"], latents, config=pipe.config))
+    latents = encode(pipe.params, from_uint8(pictures), config=pipe.config)
+    return np.asarray(to_uint8(decode(pipe.params, latents, config=pipe.config)))
 
 
 def embed(pipe: Pipeline, folder: Path, names: list[str], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +252,7 @@ def seconds_per_picture(pipe: Pipeline, batch: int) -> float:
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        pipe.text_to_image("red heart", count=batch, batch=batch)
+        pipe.text_to_image("red heart", count=batch, batch_size=batch)
         times.append((time.perf_counter() - start) / batch)
     return float(np.median(times[1:]))
 

@@ -55,7 +55,7 @@ def compile_loop(batch: int) -> Any:
     """The sampling loop for `batch` pictures, compiled for the target."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
     placement = Placement(tuple(topology.devices))
-    return programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=placement)["paint"]().compile()
+    return programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=placement)["sample"]().compile()
 
 
 def score_matrices(hlo: str, pictures: int, small: int = SMALL_SCORES) -> list[str]:

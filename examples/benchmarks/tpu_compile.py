@@ -8,7 +8,7 @@ The programs are those of `Pipeline.on`: Stable Diffusion 1.5 at 512x512 in bflo
 chips and the parameters whole on each. XLA's own TPU compiler optimises them for chips that are described, not present.
 Printed for each topology, batch (pictures at once on each chip) and program: seconds of compilation, bytes per chip of
 arguments and temporaries, and GFLOP per picture by the compiler's count, to which a loop is its inside once: that of
-`paint` is for one step, beside two rows of the UNet by its products and convolutions. A batch that does not fit is
+`sample` is for one step, beside two rows of the UNet by its products and convolutions. A batch that does not fit is
 refused by the compiler, which is printed, too: the largest batch is worked out by a straight line through the two
 largest compiled, and then compiled, until that line leads no further. The exit status is 1 if a program holds a
 collective, or a full score matrix (all queries and keys of one attention, above 256 x 256). Where the optimised text
@@ -17,8 +17,11 @@ cannot be read by this jaxlib, the text before optimisation is looked at instead
 What this does not show: speed. It was compiled, not run.
 
 Compiled 2026-11-21 and 22 with jax 0.10.2 and libtpu 0.0.52, each on one of two busy CPU cores of different machines, a
-batch at a time; the guided step is 1,607.9 GFLOP, the kernel of attention counts what it fills up. No collective, no
+batch at a time; the guided step is 1,607.9 GFLOP, the kernel of attention counts what it pads. No collective, no
 full score matrix in any of them.
+
+The figures are those of 2026-11-22, when the programs had other names (paint is now sample, develop decode; begin is
+initial_latents; time_rows is part of condition) and other arguments; they were not compiled again since.
 
 v5e:2x2, 16,911,433,728 bytes for programs:
 
@@ -88,7 +91,7 @@ SMALL_SCORES = 256 * 256
 """Of 16x16 positions a score matrix has the shape of the heads' own values, which the kernel takes 256 wide."""
 
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:2x2")
-NAMES = ("condition", "time_rows", "begin", "paint", "develop")
+NAMES = ("condition", "initial_latents", "sample", "admit", "decode")
 
 
 def flops(jaxpr: Any) -> int:
@@ -182,9 +185,9 @@ def measured(name: str, lower: Lower, pictures: int) -> Measured | None:
     return Measured(memory.argument_size_in_bytes, memory.temp_size_in_bytes, [f"{name}: {one}" for one in faults])
 
 
-def next_batch(paint: dict[int, Measured], memory: int) -> int:
+def next_batch(loops: dict[int, Measured], memory: int) -> int:
     """The most pictures at once whose loop fits by a straight line through the two largest batches, a multiple of 8."""
-    (first, a), (last, b) = sorted(paint.items())[-2:]
+    (first, a), (last, b) = sorted(loops.items())[-2:]
     need = [one.arguments + one.temporaries for one in (a, b)]
     each = (need[1] - need[0]) / (last - first)
     return int(last + (memory - need[1]) / each) // 8 * 8
@@ -203,7 +206,7 @@ def main() -> None:
         print(f"{topology}, {len(devices)} x {devices[0].device_kind}, {batch} at once on each (not present)")
         print("  program  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture", flush=True)
         programs = programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=Placement(devices))
-        found = {name: measured(name, programs[name], 1 if name == "develop" else batch) for name in names}
+        found = {name: measured(name, programs[name], 1 if name == "decode" else batch) for name in names}
         for one in found.values():
             bad.extend(f"{topology}, {batch} at once: {fault}" for fault in ([] if one is None else one.faults))
         return {name: one for name, one in found.items() if one is not None}
@@ -213,16 +216,16 @@ def main() -> None:
         memory = memory_of(devices[0])
         print(f"{topology}: {memory:,} bytes of memory for programs on each chip")
         found = {batch: measure(topology, devices, batch, options.program) for batch in options.batch}
-        paint = {batch: programs["paint"] for batch, programs in found.items() if "paint" in programs}
-        if len(paint) > 1:
+        loops = {batch: programs["sample"] for batch, programs in found.items() if "sample" in programs}
+        if len(loops) > 1:
             refused = math.inf
-            while (batch := min(next_batch(paint, memory), refused - 8)) > max(paint):
-                fits = measure(topology, devices, batch, ["paint"])
+            while (batch := min(next_batch(loops, memory), refused - 8)) > max(loops):
+                fits = measure(topology, devices, batch, ["sample"])
                 if fits:
-                    paint[batch] = fits["paint"]
+                    loops[batch] = fits["sample"]
                 else:
                     refused = batch
-            print(f"{topology}: {max(paint)} pictures at once on each chip fit", flush=True)
+            print(f"{topology}: {max(loops)} pictures at once on each chip fit", flush=True)
     print("\n".join(bad) or "no collective, no full score matrix")
     raise SystemExit(bool(bad))
 

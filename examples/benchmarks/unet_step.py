@@ -4,7 +4,7 @@
     python examples/benchmarks/unet_step.py --device gpu
 
 Both sides hold the same random weights and see the same noise and the same two rows of text; their results are compared
-before the clock starts, then diffusers' step, ours, and our whole loop (`generate_latents`, a scan of --steps steps)
+before the clock starts, then diffusers' step, ours, and our whole loop (`functions.sample`, a scan of --steps steps)
 take turns, and the medians are printed. Ours gets the text's keys and values and the time embeddings ready made, as in
 the loop. Needs the test extra, 12 GiB of memory, and for the GPU jax[cuda13].
 
@@ -42,16 +42,23 @@ import torch
 from convert.diffusers_config import diffusers_json
 from convert.names import entries
 from sdjax.config import SD15
-from sdjax.diffusion.sample import image_keys
+from sdjax.diffusion.plan import stack_plans
+from sdjax.diffusion.sample import State, first_state, image_keys
 from sdjax.models.params import random_params
-from sdjax.pipeline.functions import Inputs, MakeDenoiser, generate_latents, text_kv, time_tables
-from sdjax.request import Request, plan, stacked
-from sdjax.types import Level, Params
+from sdjax.pipeline.functions import MakeDenoiser, embed_timesteps, sample, text_kv
+from sdjax.request import Request, plan
+from sdjax.types import Conditioning, NoiseLevel, Params
 
 GUIDANCE = 7.5
 STEP_FLOP = 2 * 803.3e9  # of a guided step of one picture: 401.6 G multiply-adds a row, attention included
 
-denoise = jax.jit(lambda make, inputs, x, level: make(inputs)(x, level), static_argnums=0)
+
+def one_step(make: MakeDenoiser, params: Params, state: State, level: NoiseLevel) -> jax.Array:
+    """x0_hat f32[b, h, w, 4] of the pictures as they are."""
+    return make(params, state.given, state.index)(state.carry.x, level)
+
+
+denoise = jax.jit(one_step, static_argnums=0)
 product = jax.jit(jnp.dot)
 
 
@@ -79,27 +86,29 @@ class Ours:
 
     def __init__(self, params: Params, x: np.ndarray, context: np.ndarray, steps: int) -> None:
         request = Request("", steps=steps, guidance=GUIDANCE, sampler="ddim", spacing="leading")
-        rows, calls = stacked([plan(request, SD15)] * len(x))
-        self.calls, self.rows = calls, time_tables(params, rows, config=SD15)
-        self.level: Level = jax.tree.map(lambda leaf: leaf[0], self.rows.levels)
-        self.keys, self.x = image_keys(range(len(x))), jnp.asarray(x)
+        rows, calls = stack_plans([plan(request, SD15)] * len(x))
+        self.level: NoiseLevel = jax.tree.map(lambda leaf: leaf[:, 0], rows.levels)
+        self.params, known = {"unet": params}, jnp.zeros(x.shape)
         kv = text_kv(params, context, config=SD15)
-        mask, concat = jnp.ones((*x.shape[:3], 1)), jnp.zeros((*x.shape[:3], 0))
-        self.inputs = Inputs(params, kv, jnp.zeros_like(self.x), mask, concat)
+        kv = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(2, -1, *leaf.shape[1:]), 0, 1), kv)
+        shifts = embed_timesteps(params, rows.levels.t, config=SD15)
+        mask, concat = jnp.ones_like(known[..., :1]), known[..., :0]
+        given = Conditioning({"unet": kv}, {"unet": shifts}, known, mask, concat)
+        self.state = first_state(rows, calls, jnp.asarray(x), image_keys(range(len(x))), given)
 
     def step(self) -> jax.Array:
         """x0_hat f32[b, h, w, 4]."""
-        return denoise(MakeDenoiser(SD15), self.inputs, self.x, self.level)
+        return denoise(MakeDenoiser(SD15), self.params, self.state, self.level)
 
     def loop(self) -> jax.Array:
         """The latents f32[b, h, w, 4] after all steps."""
-        return generate_latents(self.inputs, self.rows, self.calls, self.x, self.keys, config=SD15)
+        return sample(self.params, self.state, config=SD15).carry.x
 
 
 class Theirs:
     """The same step with diffusers' network."""
 
-    def __init__(self, unet: Any, level: Level, x: np.ndarray, context: np.ndarray) -> None:
+    def __init__(self, unet: Any, level: NoiseLevel, x: np.ndarray, context: np.ndarray) -> None:
         self.unet, self.sigma, self.t = unet, float(level.sigma[0]), torch.tensor(float(level.t[0]), device=unet.device)
         self.x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(unet.device)
         self.context = torch.from_numpy(context).to(unet.device, unet.dtype)

@@ -14,12 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
 from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import console, error, note
-from sdjax.request import Request, check_request, check_settings
+from sdjax.request import Request, check_positive, check_request
 
-LINE_DEFAULTS = (
-    *("negative_prompt", "sampler", "spacing", "size", "noise", "steps", "seed", "count", "clip_skip"),
-    *("guidance", "guidance_rescale", "eta"),
-)
 KINDS = (".jsonl", ".csv", ".tsv", ".txt")
 """Endings of job files."""
 
@@ -30,11 +26,11 @@ NOTES = 20
 def batch(options: argparse.Namespace) -> int:
     """A job file in, pictures out; exit status 1 if some could not be made."""
     from sdjax.jobs import run as jobs
-    from sdjax.jobs.processes import ALONE, join
+    from sdjax.jobs.processes import ALONE, initialize
     from sdjax.load import configuration, identity
 
-    check_settings(batch=options.batch)
-    defaults = {name: getattr(options, name) for name in LINE_DEFAULTS if getattr(options, name) is not None}
+    check_positive(batch=options.batch)
+    defaults = {name: value for name in options.line_settings if (value := getattr(options, name)) is not None}
     out, conversion = Path(options.output), conversion_of(options)
     kind = _kind_of(options.jobs)
     jobs.check_output(out, None if options.jobs == "-" else Path(options.jobs))
@@ -43,8 +39,8 @@ def batch(options: argparse.Namespace) -> int:
     settings |= {"format": options.format, "shards": options.shards}
     settings |= {"conversion": conversion, "content": identity(options.model or None, **conversion)}
     named = (options.coordinator, options.num_processes, options.process_id)
-    share = join(*named) if options.distributed or named != (None,) * 3 else ALONE
-    if options.jobs == "-" and share.processes > 1:
+    share = initialize(*named) if options.distributed or named != (None,) * 3 else ALONE
+    if options.jobs == "-" and share.process_count > 1:
         raise ValueError("several processes need a job file; standard input is read by one alone")
 
     dotted: list[str] = []
@@ -58,7 +54,7 @@ def batch(options: argparse.Namespace) -> int:
     begin_work()
     with jobs.at_work(out, share):
         with nullcontext(sys.stdin.buffer) if options.jobs == "-" else open(options.jobs, "rb") as file:
-            keys: dict[str, Any] = dict(skip_bad=options.skip_bad, share=share, check=check)
+            keys: dict[str, Any] = dict(skip_bad=options.skip_bad, share=share, check=check, request=options.request)
             rejected = jobs.prepare(file, kind, out, settings, defaults, **keys)
         left_out = [f"line {line.number} left out: {line.reason}" for line in rejected]
         for line in jobs.shown(left_out, NOTES, f", in {out / 'rejected.jsonl'}"):
@@ -67,7 +63,7 @@ def batch(options: argparse.Namespace) -> int:
             note(f"the id {name!r} has a dot; other readers of shards take a name up to its first dot for the key")
         with progress_bars(options.model) as (on_convert, _):
             like = None if options.dry_run else jobs.first_request(out)
-            pipe = load_model(options, on_convert, placement=placement, like=like, batch=options.batch, loop=True)
+            pipe = load_model(options, on_convert, placement=placement, like=like, batch_size=options.batch)
         if options.dry_run:
             print(jobs.described(pipe, out, options.batch, share), end="")
             return 0

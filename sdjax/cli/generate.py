@@ -8,94 +8,86 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
 from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import note
 from sdjax.config import ModelConfig
 from sdjax.hints import hint
-from sdjax.request import BATCH, STRENGTHS, Request, check_request, check_settings, parse_size
+from sdjax.request import (
+    BATCH,
+    Request,
+    check_request,
+    check_seeds,
+    check_values,
+    parse_size,
+    random_seed,
+    sampler_of,
+    settings,
+)
 from sdjax.storage.files import refuse_long_names, refuse_unwritable
 
-DEFAULTS: dict[str, Any] = {
-    "prompt": None,
-    "negative_prompt": "",
-    "model": "",
-    "seed": 0,
-    "steps": None,
-    "guidance": None,
-    "guidance_rescale": 0.0,
-    "guidance_interval": (0.0, 1.0),
-    "sampler": None,
-    "spacing": None,
-    "eta": None,
-    "clip_skip": None,
-    "size": None,
-    "dtype": "float32",
-    "strength": None,
-    "noise": "jax",
-    "image": None,
-    "mask": None,
-    "conversion": {},
-}
 NAME_BYTES = 120
 """Most bytes of a file's name that come from the prompt."""
 
 
 def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
-    from sdjax.pipeline.pipeline import pixels_of
+    from sdjax.pipeline.prepare import pixels_of
     from sdjax.pipeline.recipe import file_hash, recipe_of, save_picture
 
-    settings = _settings(options)
-    given = settings.pop("size")
-    size = None if given is None else parse_size(given)
-    count, task = options.count, options.task
+    # What is asked for
+    asked, count = _asked(options), options.count
     if count < 1:
         raise ValueError(f"count must be 1 or more, found {count}")
-    inputs = {name: settings.pop(name) for name in ("image", "mask")}
-    prompt, model, dtype, conversion = (settings.pop(name) for name in ("prompt", "model", "dtype", "conversion"))
-    if prompt is None:
-        raise ValueError(f"a prompt is missing: sdjax {task} PROMPT ..., or {hint('recipe')}")
+    values, conversion = asked.values, asked.conversion
+    if values["prompt"] is None:
+        raise ValueError(f"a prompt is missing: sdjax {options.task} PROMPT ..., or {hint('recipe')}")
     hashes: dict[str, Any] = {"image": None, "mask": None}
-    for name in {"txt2img": (), "img2img": ("image",), "inpaint": ("image", "mask")}[task]:
-        hashes[name] = _checked_file(name, inputs[name], file_hash)
-    check_settings(**{name: value for name, value in settings.items() if value is not None}, count=count)
-    output = Output(options.output, prompt, range(settings["seed"], settings["seed"] + count))
+    for name in hashes:
+        given, values[name] = values[name], None
+        if options.task in settings()[name].tasks:
+            hashes[name] = _checked_file(name, given, file_hash)
+            values[name] = hashes[name][0]
+    if values["seed"] == -1:
+        values["seed"] = random_seed(count)
+    check_values(values, options.request)
+    check_seeds(values["seed"], count)
+    first = options.request(**values)
+    requests = [dataclasses.replace(first, seed=first.seed + j) for j in range(count)]
+    output = Output(options.output, first.prompt, range(first.seed, first.seed + count))
     output.check()
-    shape: dict[str, Any] = {} if size is None else {"width": size[0], "height": size[1]}
-    image, mask = (None if hashes[name] is None else hashes[name][0] for name in ("image", "mask"))
-    if task == "txt2img":
-        settings.pop("strength")
-    like = Request(prompt, **settings, **shape, image=image, mask=mask)
+    model, dtype = asked.model, asked.dtype
 
     def check(config: ModelConfig) -> None:
-        check_request(like, config, model or config.name)
-        pixels_of(like, config)
+        check_request(first, config, model or config.name)
+        pixels_of(first, config)
 
+    # The model, and the pictures
     with progress_bars(model) as (on_convert, on_step):
         placement = placement_of(options, count)
+        at_once = min(BATCH, -(-count // placement.data_parallel))
         named = dict(model=model, dtype=dtype, placement=placement, conversion=conversion, on_config=check)
-        pipe = load_model(options, on_convert, like=like, batch=min(BATCH, -(-count // placement.shares)), **named)
+        pipe = load_model(options, on_convert, like=first, batch_size=at_once, **named)
         output.make_folder()
         begin_work()
-        call = {
-            "txt2img": lambda **k: pipe.text_to_image(prompt, **k),
-            "img2img": lambda **k: pipe.image_to_image(prompt, image, **k),
-            "inpaint": lambda **k: pipe.inpaint(prompt, image, mask, **k),
-        }[task]
-        first = settings.pop("seed")
-        at_once = BATCH * placement.shares
-        for start in range(0, count, at_once):
-            part = min(at_once, count - start)
-            step = on_step(f"{start + 1}-{start + part} of {count}" if count > 1 else "sampling")
-            pictures = call(**settings, **shape, seed=first + start, count=part, progress=step)
-            for seed, picture in enumerate(pictures, first + start):
-                request = dataclasses.replace(like, seed=seed)
-                said = dict(model=model, dtype=dtype, conversion=conversion, **hashes)
-                save_picture(output.path(seed), picture, recipe_of(request, pipe.config.sampling, picture, **said))
-                print(output.path(seed))
+        each, begun = at_once * placement.data_parallel, 0
+        step: Callable[..., None] = print
+
+        def progress(done: int, total: int, x0_hat: Any) -> None:
+            nonlocal step, begun
+            if done == 1:
+                last = min(begun + each, count)
+                step = on_step(f"{begun + 1}-{last} of {count}" if count > 1 else "sampling")
+                begun = last
+            step(done, total, x0_hat)
+
+        for request, picture in pipe.batch(requests, batch_size=at_once, progress=progress):
+            said = dict(model=model, dtype=dtype, conversion=conversion, **hashes)
+            path = output.path(request.seed)
+            save_picture(path, picture, recipe_of(request, pipe.config.sampling, picture, **said))
+            print(path)
     return 0
 
 
@@ -157,31 +149,48 @@ def _slug(prompt: str) -> str:
     return os.fsencode(words)[:NAME_BYTES].decode("utf-8", "ignore") or "picture"
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Command line before recipe before defaults."""
-    settings = dict(DEFAULTS)
+class Asked(NamedTuple):
+    """What a command asks for: the values of a request by name, and the model."""
+
+    values: dict[str, Any]
+    model: str
+    dtype: str
+    conversion: dict[str, Any]
+
+
+def _asked(options: argparse.Namespace) -> Asked:
+    """The command line before the recipe, the recipe before the defaults."""
+    kind: type[Request] = options.request
+    values: dict[str, Any] = {"prompt": None}
+    values |= {field.name: field.default for field in dataclasses.fields(kind) if field.name != "prompt"}
+    model, dtype, conversion = "", "float32", {}
     if options.recipe is not None:
         from sdjax.devices.platform import environment
         from sdjax.pipeline.recipe import read_recipe
 
-        recipe = read_recipe(options.recipe)
+        recipe = read_recipe(options.recipe, kind)
         if recipe.task != options.task:
             raise ValueError(f"{options.recipe} was made by {recipe.task}; use sdjax {recipe.task} {hint('recipe')}")
-        settings |= {name: value for name, value in dataclasses.asdict(recipe).items() if name in settings}
-        settings["size"] = f"{recipe.width}x{recipe.height}" if recipe.task == "txt2img" else None
-        if options.model is not None:
-            settings["conversion"] = {}  # it belonged to the recipe's own model
+        values |= {name: value for name, value in dataclasses.asdict(recipe).items() if name in values}
+        if recipe.task != "txt2img":
+            values |= dict(width=None, height=None)  # those of the picture
+        model, dtype = recipe.model, recipe.dtype
+        if options.model is None:  # else it belonged to the recipe's own model
+            conversion = recipe.conversion
         if recipe.environment != environment():
             was, now = (_listed(found) for found in (recipe.environment, environment()))
             note(
                 f"the recipe was made with {was} in the environment, here it is {now}; the picture may differ a little"
             )
-    given = {name: value for name, value in vars(options).items() if name in settings and value is not None}
-    settings |= given
-    settings["conversion"] = settings["conversion"] | conversion_of(options)
-    if settings["strength"] is None:
-        settings["strength"] = STRENGTHS.get(options.task)
-    return settings
+    given = {name: value for name, value in vars(options).items() if name in values and value is not None}
+    if options.size is not None:
+        given["width"], given["height"] = parse_size(options.size)
+    if "sampler" in given:
+        given["sampler"], spacing = sampler_of(given["sampler"])
+        if spacing is not None:
+            given.setdefault("spacing", spacing)
+    model, dtype = model if options.model is None else options.model, options.dtype or dtype
+    return Asked(values | given, model, dtype, conversion | conversion_of(options))
 
 
 def _listed(found: dict[str, str]) -> str:
@@ -197,5 +206,5 @@ def _checked_file(name: str, given: Any, file_hash: Callable[[Any], str]) -> tup
         raise FileNotFoundError(f"{path}: no such picture file")
     found = file_hash(path)
     if expected is not None and found != expected:
-        raise ValueError(f"{path}: not the {name} that the recipe was made with (its contents changed); give it anew")
+        raise ValueError(f"{path}: not the {name} that the recipe was made with (its contents changed); give it again")
     return str(path), found

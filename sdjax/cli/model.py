@@ -42,17 +42,16 @@ def load_model(
     on_convert: Callable[[int, int], None],
     *,
     like: Request | None = None,
-    batch: int = 1,
-    loop: bool = False,
+    batch_size: int = 1,
     on_config: Callable[[ModelConfig], None] | None = None,
     **given: Any,
 ) -> Any:
     """The model that was asked for. given: what does not come from the options as they are.
 
-    like: a request to come; while the parameters are read, its programs are compiled for `batch` at a time on each
-    device, and for the whole loop or for single steps. on_config: see `sdjax.load`.
+    like: a request to come; while the parameters are read, its programs are compiled for `batch_size` at a time on each
+    device. on_config: see `sdjax.load`.
     """
-    from sdjax.devices.compilation import meanwhile
+    from sdjax.devices.compilation import compile_in_background
     from sdjax.devices.placement import HERE
     from sdjax.load import load
     from sdjax.pipeline.warmup import programs_for
@@ -60,15 +59,14 @@ def load_model(
     named = {"model": options.model, "dtype": options.dtype, "placement": HERE} | given
     conversion = named.pop("conversion", None)
     conversion = conversion_of(options) if conversion is None else conversion
-    with meanwhile() as start:
+    with compile_in_background() as start:
 
         def on_shapes(config: ModelConfig, shapes: Params) -> None:
             if like is None or named["placement"].parallel == "pmap":
                 return
             with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
                 options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes)
-                programs = programs_for(like, config, batch, **options)
-                del programs["paint_row" if loop else "paint"]
+                programs = programs_for(like, config, batch_size, **options)
                 start(programs.values())
 
         hooks: dict[str, Any] = dict(progress=on_convert, on_config=on_config, on_shapes=on_shapes)
@@ -82,15 +80,20 @@ def placement_of(options: argparse.Namespace, pictures: int | None = None) -> An
     """
     import jax
 
-    from sdjax.devices.placement import over
+    from sdjax.devices.placement import placement_on
 
     there = jax.local_devices()
     if options.devices is not None and not 1 <= options.devices <= len(there):
         raise ValueError(f"devices must be between 1 and the {len(there)} of this machine, found {options.devices}")
     devices = options.devices or (1 if there[0].platform == "cpu" else len(there))
     if pictures is not None:
-        devices = min(devices, pictures * max(1, options.split_params))
-    return over(there[:devices], parallel=options.parallel, model=options.split_params, exact=options.exact)
+        devices = min(devices, pictures * max(1, options.model_parallel))
+    return placement_on(
+        there[:devices],
+        parallel=options.parallel,
+        model_parallel=options.model_parallel,
+        batch_invariant=options.exact,
+    )
 
 
 @contextmanager

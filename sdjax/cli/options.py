@@ -9,26 +9,26 @@ from sdjax.cli import batch, generate, info, warmup
 from sdjax.cli import train as train_command
 from sdjax.cli.model import add_conversion
 from sdjax.cli.terminal import console
-from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import SPACINGS
-from sdjax.request import NOISES, STRENGTHS
+from sdjax.request import NOISES, STRENGTHS, TASKS, Request, Setting, settings
 
-TASKS = ("txt2img", "img2img", "inpaint")
+KINDS = {"text": str, "int": int, "float": float, "fractions": float}
+"""How a setting's value is read from the command line."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(request: type[Request] = Request) -> argparse.ArgumentParser:
+    """The whole command line. request: the class whose settings become options."""
     whole = argparse.ArgumentParser(prog="sdjax", description="Stable Diffusion in JAX.")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     texts = {
         "txt2img": "make pictures from a prompt",
         "img2img": "make pictures from a prompt and a picture",
-        "inpaint": "make the white part of a mask anew",
+        "inpaint": "regenerate the white part of a mask",
     }
     for task in TASKS:
         command = commands.add_parser(task, help=texts[task], description=texts[task] + ".")
-        command.set_defaults(run=generate.generate, task=task)
-        _add_settings(command, task)
-    _add_batch(commands)
+        command.set_defaults(run=generate.generate, task=task, request=request)
+        _add_settings(command, task, request)
+    _add_batch(commands, request)
     train_command.add_parser(commands, console)
     _add_warmup(commands)
     _add_info(commands)
@@ -36,13 +36,14 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
+def _add_settings(command: argparse.ArgumentParser, task: str, request: type[Request]) -> None:
     add = command.add_argument
-    add("prompt", nargs="?", help="what to paint")
+    known = settings(request)
+    add("prompt", nargs="?", help=known["prompt"].help)
     if task != "txt2img":
-        add("image", nargs="?", help="the picture to start from, any size and format")
+        add("image", nargs="?", help=f"{known['image'].help}, any size and format")
     if task == "inpaint":
-        add("mask", nargs="?", help="white where the picture is to be made anew, black where it is to stay")
+        add("mask", nargs="?", help=f"{known['mask'].help}, black where it is kept")
     add(
         "-o",
         "--output",
@@ -50,24 +51,14 @@ def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
         metavar="FILE|DIR",
         help="a .png, .webp or .jpg, or a folder (here)",
     )
-    add("--negative-prompt", metavar="TEXT", help="what not to paint")
     add("--model", metavar="M", help="a checkpoint, .ckpt, .safetensors, diffusers folder, hub id or short name")
-    add("--steps", type=int, metavar="N", help="sampling steps (25, or as the model says)")
-    add("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 for none (7.5, or as the model says)")
-    add("--guidance-rescale", type=float, metavar="R", help="against overexposure, 0 to 1 (0)")
-    ends = ("START", "STOP")
-    add("--guidance-interval", type=float, nargs=2, metavar=ends, help="fractions of the steps; 1 outside (0 1)")
-    add("--sampler", metavar="S", help=f"{', '.join(SAMPLERS)} (dpmpp_2m, or as the model says)")
-    add("--spacing", metavar="K", help=f"{', '.join(SPACINGS)} (karras, or as the model says)")
-    add("--eta", type=float, metavar="E", help="noise of the sampler ddim, 0 to 1 (0)")
-    add("--clip-skip", type=int, metavar="N", help="layers of the text encoder to leave out (as trained)")
-    add("--seed", type=int, metavar="N", help="the first picture's seed (0)")
+    for name, one in known.items():
+        if one.metavar is not None and task in one.tasks:
+            usual = f"{STRENGTHS[task]:g}" if name == "strength" else one.usual
+            _add_setting(command, name, one, f"{one.help} ({usual})" if usual else one.help)
     add("--count", type=int, default=1, metavar="N", help="pictures to make, with seeds SEED, SEED+1, ... (1)")
     add("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own, or the picture's)")
     add("--dtype", metavar="D", help="float32, bfloat16 or float16 (float32)")
-    add("--noise", choices=NOISES, help="where seeds' noise comes from; torch: as diffusers on a CPU (jax)")
-    if task != "txt2img":
-        add("--strength", type=float, metavar="X", help=f"how much to change, 0 to 1 ({STRENGTHS[task]})")
     _add_devices(command)
     add_conversion(command)
     add(
@@ -77,8 +68,8 @@ def _add_settings(command: argparse.ArgumentParser, task: str) -> None:
     )
 
 
-def _add_batch(commands: Any) -> None:
-    text = "make the pictures of a job file; the same command again goes on"
+def _add_batch(commands: Any, request: type[Request]) -> None:
+    text = "make the pictures of a job file; the same command again resumes it"
     command = commands.add_parser("batch", help=text, description=text + ".")
     add = command.add_argument
     forms = "a .jsonl of requests, a .csv or .tsv of them, a .txt of prompts, or - for JSON lines from standard input"
@@ -95,20 +86,38 @@ def _add_batch(commands: Any) -> None:
     _add_hosts(command)
     add("--dry-run", action="store_true", help="check the job and print the plan alone")
     group = command.add_argument_group("for lines that do not say otherwise")
-    for name, kind in (("negative-prompt", str), ("sampler", str), ("spacing", str), ("size", str), ("noise", str)):
-        group.add_argument(f"--{name}", type=kind, metavar="X")
-    for name in ("steps", "seed", "count", "clip-skip"):
-        group.add_argument(f"--{name}", type=int, metavar="N")
-    for name in ("guidance", "guidance-rescale", "eta"):
-        group.add_argument(f"--{name}", type=float, metavar="X")
-    command.set_defaults(run=batch.batch, model="")
+    defaults = {name: known for name, known in settings(request).items() if known.metavar and "txt2img" in known.tasks}
+    for name, known in defaults.items():
+        _add_setting(group, name, known, None)
+    group.add_argument("--size", metavar="WxH")
+    group.add_argument("--count", type=int, metavar="N")
+    command.set_defaults(run=batch.batch, model="", request=request, line_settings=(*defaults, "size", "count"))
+
+
+def _add_setting(command: Any, name: str, known: Setting, text: str | None) -> None:
+    """The option of a setting. text: its explanation."""
+    metavar: Any = known.metavar
+    more: dict[str, Any] = {"help": text, "metavar": metavar}
+    if known.kind == "fractions":
+        more |= {"nargs": 2, "metavar": tuple(metavar.split())}
+    if known.kind == "noise":
+        more |= {"choices": NOISES, "metavar": None}
+    command.add_argument(f"--{name.replace('_', '-')}", type=KINDS.get(known.kind, str), **more)
 
 
 def _add_devices(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--devices", type=int, metavar="N", help="GPUs or TPUs to use (all of this machine)")
     add("--parallel", choices=["jit", "pmap"], default="jit", help="how devices share the work (jit)")
-    add("--split-params", type=int, default=1, metavar="N", help="devices that hold one copy of the parameters (1)")
+    add(
+        "--model-parallel",
+        "--split-params",
+        dest="model_parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that hold one copy of the parameters (1)",
+    )
     add("--exact", action="store_true", help="the same bits in any batch on any number of devices; slower")
     add("--no-compile-cache", action="store_true", help="do not keep compiled programs in SDJAX_CACHE")
 

@@ -46,7 +46,7 @@ def add_parser(commands: Any, console: Console) -> None:
     train = commands.add_parser("train", help="train a part of a model", description="Train a part of a model.")
     parts = train.add_subparsers(required=True, metavar="vae|clip|unet")
     for part, text in PARTS.items():
-        command = parts.add_parser(part, help=text, description=f"Train {text}. The same command again goes on.")
+        command = parts.add_parser(part, help=text, description=f"Train {text}. The same command again resumes it.")
         add = command.add_argument
         add("--data", required=True, metavar="D", help="a folder of pictures with captions, or WebDataset .tar shards")
         add("--out", required=True, metavar="O", help="folder of the run; the finished model is O/model")

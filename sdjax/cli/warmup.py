@@ -6,7 +6,7 @@ import argparse
 
 from sdjax.cli.model import load_model, placement_of, progress_bars
 from sdjax.config import ModelConfig
-from sdjax.request import Request, check_request, check_settings, parse_size
+from sdjax.request import Request, check_positive, check_request, parse_size
 
 
 def warmup(options: argparse.Namespace) -> int:
@@ -15,7 +15,7 @@ def warmup(options: argparse.Namespace) -> int:
 
     from sdjax.pipeline.warmup import warm_up
 
-    check_settings(count=options.count)
+    check_positive(count=options.count)
     size = (None, None) if options.size is None else parse_size(options.size)
     request = Request("", width=size[0], height=size[1])
 

@@ -20,15 +20,17 @@ WORTH_KEEPING = 0.2
 def keep_programs(folder: Path) -> None:
     """From here on this process reads compiled programs from `folder`, and puts new ones there.
 
-    Programs are found by what they compute, JAX's version and the device; a changed one is compiled anew.
+    Programs are found by what they compute, JAX's version and the device; a changed one is recompiled.
     """
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
 def drop_damaged(warning: str) -> str:
-    """What to tell of a warning. If it is JAX's of a kept program that cannot be read, one that a kill cut off while it
-    was written, all of that name are thrown away, since JAX neither says which it was nor writes over it.
+    """Deletes kept programs that JAX warns it cannot read, and returns the note to show for the warning.
+
+    Such a file was cut off while it was written. JAX says only the name of the program and never overwrites the file,
+    so all files of that name are deleted. Any other warning is returned as it is.
     """
     found = re.search(r"Error reading persistent compilation cache entry for '(\w+)'", warning)
     if found is None:
@@ -36,7 +38,7 @@ def drop_damaged(warning: str) -> str:
     folder = Path(jax.config.values["jax_compilation_cache_dir"])
     for path in folder.glob(f"{found[1]}-*-cache"):
         path.unlink(missing_ok=True)
-    return f"a compiled program in {folder} was damaged; it is compiled and kept anew"
+    return f"a compiled program in {folder} was damaged; it is compiled again"
 
 
 Lower = Callable[[], jax.stages.Lowered]
@@ -44,7 +46,7 @@ Lower = Callable[[], jax.stages.Lowered]
 
 
 @contextmanager
-def meanwhile() -> Iterator[Callable[[Iterable[Lower]], None]]:
+def compile_in_background() -> Iterator[Callable[[Iterable[Lower]], None]]:
     """Compiles programs at the side, all at once, while the inside does something else; at the end waits for them.
 
     A call of the program then finds it compiled. What cannot be compiled says so there. Tracing is Python, of which one

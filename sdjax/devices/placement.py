@@ -1,8 +1,8 @@
-"""Pictures over devices: one function of a batch, spread so that every device works on pictures of its own.
+"""Pictures over devices: which devices there are, and functions of a batch run in parallel on them.
 
-No picture needs another one, so there is nothing for devices to tell each other: each runs the function as if it were
-alone, on its share of the batch (`jax.shard_map`, or `jax.pmap`), and the compiled program holds no collective.
-Parameters lie whole on every device; with `model` > 1 each is split over that many devices, and then the compiler puts
+No picture needs another one, so devices have nothing to tell each other: each runs the function as if it were alone, on
+its part of the batch (`jax.shard_map`, or `jax.pmap`), and the compiled program holds no collective. Parameters are
+stored whole on every device; with `model_parallel` > 1 each is split over that many devices, and then the compiler puts
 in the communication that the products need.
 """
 
@@ -28,12 +28,15 @@ DATA, MODEL = "data", "model"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how pictures are made; hashable.
+    """The devices that pictures are made on, and how the work is divided between them. Hashable.
 
-    devices: None for the default device, or those to use. parallel: "jit" or "pmap". model: devices that each parameter
-    is split over, for models that do not fit on one; a divisor of the number of devices. exact: one picture at a time
-    on every device. Compilers choose other kernels, which round differently, for other batch
-    sizes: so the bits of a picture never depend on what it is made with, which else hold to about 1e-5.
+    devices: those to use, or None for the default device.
+    parallel: "jit" (`jax.shard_map` inside) or "pmap".
+    model_parallel: number of devices that each parameter is split over, for models that do not fit on one; a divisor of
+        the number of devices.
+    batch_invariant: one picture at a time on every device. Compilers choose other kernels, which round differently, for
+        other batch sizes: with it the bits of a picture never depend on what it is made with, without it they agree to
+        about 1e-5.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -41,24 +44,26 @@ class Placement:
 
     devices: tuple[jax.Device, ...] | None = None
     parallel: Literal["jit", "pmap"] = "jit"
-    model: int = 1
-    exact: bool = False
+    model_parallel: int = 1
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel not in ("jit", "pmap"):
             raise ValueError(f"parallel must be jit or pmap, found {self.parallel!r}")
         if self.devices is not None and (not self.devices or len(set(self.devices)) < len(self.devices)):
             raise ValueError(f"devices must be at least one, each named once, found {self.devices}")
-        devices = len(self.devices or (None,))
-        if type(self.model) is not int or self.model < 1 or devices % self.model:
-            raise ValueError(f"model must be a whole number that divides the {devices} devices, found {self.model!r}")
-        if self.model > 1 and (self.parallel == "pmap" or self.exact):
-            raise ValueError("parameters split over devices (model > 1) go neither with pmap nor with exact")
+        devices, split = len(self.devices or (None,)), self.model_parallel
+        if type(split) is not int or split < 1 or devices % split:
+            raise ValueError(
+                f"model_parallel must be a whole number that divides the {devices} devices, found {split!r}"
+            )
+        if split > 1 and (self.parallel == "pmap" or self.batch_invariant):
+            raise ValueError("parameters split over devices (model_parallel > 1) go neither with pmap nor with exact")
 
     @property
-    def shares(self) -> int:
-        """The number of parts that a batch is split into."""
-        return 1 if self.devices is None else len(self.devices) // self.model
+    def data_parallel(self) -> int:
+        """The number of parts that a batch is divided into."""
+        return 1 if self.devices is None else len(self.devices) // self.model_parallel
 
     @property
     def platform(self) -> str:
@@ -69,18 +74,20 @@ class Placement:
     def mesh(self) -> Mesh:
         """The devices as a mesh of `DATA` and `MODEL`."""
         assert self.devices is not None
-        return Mesh(np.array(self.devices).reshape(self.shares, self.model), (DATA, MODEL))
+        return Mesh(np.array(self.devices).reshape(self.data_parallel, self.model_parallel), (DATA, MODEL))
 
     def put(self, params: Params) -> Params:
         """Parameters to where the programs expect them."""
         return params if self.devices is None else jax.device_put(params, jax.tree.map(self.sharding, params))
 
     def sharding(self, leaf: Any) -> jax.sharding.Sharding:
-        """Where a parameter lies: on every device whole, or along its last axis that `model` divides."""
+        """Where a parameter is stored: whole on every device, or divided along its last axis that can be."""
         if self.devices is None:
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shape = np.shape(leaf)
-        fitting = [axis for axis, length in enumerate(shape) if self.model > 1 and length % self.model == 0]
+        fitting = [
+            axis for axis, length in enumerate(shape) if self.model_parallel > 1 and length % self.model_parallel == 0
+        ]
         axes = (MODEL if axis == max(fitting, default=None) else None for axis in range(len(shape)))
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
@@ -89,7 +96,7 @@ HERE = Placement()
 """The default device."""
 
 
-def over(devices: Sequence[jax.Device], **options: Any) -> Placement:
+def placement_on(devices: Sequence[jax.Device], **options: Any) -> Placement:
     """A `Placement` on these devices; the default device alone needs no mesh."""
     return Placement(None if list(devices) == jax.local_devices()[:1] else tuple(devices), **options)
 
@@ -102,53 +109,64 @@ class Program(Protocol):
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """For arguments of which shapes are enough (`jax.ShapeDtypeStruct`); nothing is computed."""
 
+    program: Any  # the jitted function itself
 
-def spread(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any, placement: Placement) -> Program:
-    """`function` compiled for a placement, its pictures split over the devices.
 
-    in_axes, out_axes: for each argument the axis along which pictures lie, None where all share it, or a tree of these
-    (as for `jax.vmap`). The function must treat each picture by itself. A batch must divide over `placement.shares`.
+def parallelize(function: Callable[..., Any], per_picture: Sequence[bool], placement: Placement) -> Program:
+    """The function, compiled to run on the devices of a placement.
+
+    function: returns leaves f[b, ...], pictures along the first axis.
+    per_picture: for each argument whether its leaves have pictures along the first axis, a whole number of them for
+        each part of the batch; other arguments are shared by all.
     """
-    function = written_for(placement.platform, function, kernels=placement.model == 1)
-    options = None if placement.exact else compiler_options(placement.platform)  # `jax.pmap` takes none
-    if placement.exact:
-        function = _one_by_one(function, in_axes, out_axes)
+    inside = written_for(placement.platform, function, kernels=placement.model_parallel == 1)
+    options = None if placement.batch_invariant else compiler_options(placement.platform)  # `jax.pmap` takes none
+    if placement.batch_invariant:
+        inside = _one_by_one(inside, per_picture)
     if placement.devices is None:
-        here = jax.jit(function, compiler_options=options)
-        return _program(here, here.lower, here)
+        return _placed(jax.jit(inside, compiler_options=options), per_picture, placement)
     if placement.parallel == "pmap":
-        return _pmapped(function, in_axes, out_axes, placement)
-    mesh = placement.mesh
-    specs = _map_axes(_spec, in_axes)
-    program = jax.jit(
-        jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=_map_axes(_spec, out_axes),
-            axis_names={DATA} if placement.model > 1 else {DATA, MODEL},
-            check_vma=False,
-        ),
-        compiler_options=options,
+        return _pmapped(inside, per_picture, placement)
+    specs = tuple(PartitionSpec(DATA) if divided else PartitionSpec() for divided in per_picture)
+    mapped = jax.shard_map(
+        inside,
+        mesh=placement.mesh,
+        in_specs=specs,
+        out_specs=PartitionSpec(DATA),
+        axis_names={DATA} if placement.model_parallel > 1 else {DATA, MODEL},
+        check_vma=False,
     )
+    return _placed(jax.jit(mapped, compiler_options=options), per_picture, placement)
+
+
+def jitted(function: Callable[..., Any], placement: Placement) -> Program:
+    """The function, compiled for a single picture: it runs where its arguments are."""
+    inside = written_for(placement.platform, function, kernels=placement.devices is None)
+    program = jax.jit(inside, compiler_options=compiler_options(placement.platform))
+    return _program(program, program.lower, program)
+
+
+def _placed(program: Any, per_picture: Sequence[bool], placement: Placement) -> Program:
+    """A jitted function whose per-picture arguments are put on the devices of a placement first, so that they are the
+    same kind of argument wherever they come from: else jit would compile for each.
+    """
+    if placement.devices is None:
+        where: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        where = NamedSharding(placement.mesh, PartitionSpec(DATA))
+
+    def put(leaf: Any) -> Any:
+        there = isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == where
+        return leaf if there else jax.device_put(leaf, where)
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     def call(*arguments: Any) -> Any:
-        return program(*place(*arguments))
-
-    def place(*arguments: Any) -> list[Any]:
-        """Batches split over the mesh; what all pictures share stays where it is."""
-        return [
-            argument if axes is None else jax.device_put(argument, _shardings(mesh, spec, argument))
-            for argument, axes, spec in zip(arguments, in_axes, specs, strict=True)
-        ]
+        return program(*_per_picture(put, per_picture, arguments))
 
     def lower(*arguments: Any) -> Any:
-        """As `jax.jit`'s: nothing is moved, and batches may be shapes alone."""
-        shapes = [
-            argument if axes is None else jax.tree.map(_shape, argument, _shardings(mesh, spec, argument))
-            for argument, axes, spec in zip(arguments, in_axes, specs, strict=True)
-        ]
-        return program.lower(*shapes)
+        return program.lower(*_per_picture(shape, per_picture, arguments))
 
     return _program(call, lower, program)
 
@@ -162,87 +180,61 @@ def _program(call: Callable[..., Any], lower: Callable[..., Any], program: Any) 
     return cast(Program, pinned_call)
 
 
-def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _per_picture(function: Callable[[Any], Any], per_picture: Sequence[bool], arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, with `function` applied to the leaves of those that have pictures along the first axis."""
+    pairs = zip(per_picture, arguments, strict=True)
+    return [jax.tree.map(function, argument) if divided else argument for divided, argument in pairs]
 
 
-def _is_axis(node: Any) -> bool:
-    return node is None or isinstance(node, int)
+def _one_by_one(function: Callable[..., Any], per_picture: Sequence[bool]) -> Callable[..., Any]:
+    """The same function in a loop over the pictures, so that it sees one at a time, however many there are.
 
-
-def _map_axes(function: Callable[[Any], Any], axes: Any) -> Any:
-    return jax.tree.map(function, axes, is_leaf=_is_axis)
-
-
-def _spec(axis: int | None) -> PartitionSpec:
-    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, DATA)
-
-
-def _shardings(mesh: Mesh, specs: Any, tree: Any) -> Any:
-    """`specs`, a tree that is a prefix of `tree`, as shardings of all its leaves."""
-    return jax.tree.map(
-        lambda spec, part: jax.tree.map(lambda _: NamedSharding(mesh, spec), part),
-        specs,
-        tree,
-        is_leaf=lambda node: isinstance(node, PartitionSpec),
-    )
-
-
-def _along(function: Callable[[Any, int], Any], axes: Any, tree: Any) -> Any:
-    """function(leaf, axis) of the leaves of `tree` that have an axis of pictures; `axes` is a prefix of it."""
-    return jax.tree.map(
-        lambda axis, part: part if axis is None else jax.tree.map(lambda leaf: function(leaf, axis), part),
-        axes,
-        tree,
-        is_leaf=_is_axis,
-    )
-
-
-def _one_by_one(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Callable[..., Any]:
-    """The same function, which sees a single picture at a time, in a loop that is compiled alike for any number.
-
-    A loop over one picture would be taken apart, and its inside fused with what lies around it: so there are always
-    two, and how many of them are made is hidden from the compiler.
+    The loop has to be compiled alike for any number. A loop over one picture would be taken apart and fused with what
+    is around it: so there are always two at least, and how many of them are made is hidden from the compiler.
     """
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        lengths: list[int] = []
-        _along(lambda leaf, axis: lengths.append(leaf.shape[axis]), in_axes, arguments)
-        count = lengths[0]
+        (count, *_) = (
+            leaf.shape[0]
+            for divided, argument in zip(per_picture, arguments, strict=True)
+            if divided
+            for leaf in jax.tree.leaves(argument)
+        )
         if count == 1:
-            arguments = _along(lambda leaf, axis: jnp.concatenate([leaf, leaf], axis), in_axes, arguments)
+            arguments = tuple(_per_picture(lambda leaf: jnp.concatenate([leaf, leaf]), per_picture, arguments))
 
         def one(index: Any) -> Any:
-            sliced = _along(lambda leaf, axis: lax.dynamic_slice_in_dim(leaf, index, 1, axis), in_axes, arguments)
-            return function(*sliced)
+            return function(
+                *_per_picture(lambda leaf: lax.dynamic_slice_in_dim(leaf, index, 1), per_picture, arguments)
+            )
 
         def put(index: Any, every: Any) -> Any:
-            return jax.tree.map(lambda rows, row: rows.at[index].set(row), every, one(index))
+            return jax.tree.map(lambda rows, row: rows.at[index].set(row[0]), every, one(index))
 
         shapes = jax.eval_shape(one, jnp.int32(0))
-        empty = jax.tree.map(lambda leaf: jnp.zeros((max(count, 2), *leaf.shape), leaf.dtype), shapes)
-        every = lax.fori_loop(0, lax.optimization_barrier(jnp.int32(count)), put, empty)  # leaves [b, ...1...]
-        made = jax.tree.map(lambda leaf: leaf[:count], every)
-        return _along(lambda leaf, axis: jnp.moveaxis(jnp.squeeze(leaf, axis + 1), 0, axis), out_axes, made)
+        empty = jax.tree.map(lambda leaf: jnp.zeros((max(count, 2), *leaf.shape[1:]), leaf.dtype), shapes)
+        every = lax.fori_loop(0, lax.optimization_barrier(jnp.int32(count)), put, empty)
+        return jax.tree.map(lambda leaf: leaf[:count], every)
 
     return call
 
 
-def _pmapped(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any, placement: Placement) -> Program:
+def _pmapped(function: Callable[..., Any], per_picture: Sequence[bool], placement: Placement) -> Program:
     """The same function by `jax.pmap`: pictures as [devices, pictures of each] while it runs."""
-    shares = placement.shares
-    program = jax.pmap(function, in_axes=in_axes, out_axes=out_axes, devices=placement.devices)
+    parts = placement.data_parallel
+    in_axes = tuple(0 if divided else None for divided in per_picture)
+    program = jax.pmap(function, in_axes=in_axes, devices=placement.devices)
 
-    def split(leaf: Any, axis: int) -> Any:
-        leaf = jnp.asarray(leaf)
-        return leaf.reshape(*leaf.shape[:axis], shares, leaf.shape[axis] // shares, *leaf.shape[axis + 1 :])
+    def split(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf) if np.size(leaf) else np.zeros(leaf.shape, leaf.dtype)
+        return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
 
     def call(*arguments: Any) -> Any:
-        result = program(*_along(split, in_axes, arguments))
-        return _along(lambda leaf, axis: jax.lax.collapse(leaf, axis, axis + 2), out_axes, result)
+        result = program(*_per_picture(split, per_picture, arguments))
+        return jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), result)
 
     def lower(*arguments: Any) -> Any:
-        return program.lower(*jax.eval_shape(lambda *leaves: _along(split, in_axes, leaves), *arguments))
+        return program.lower(*jax.eval_shape(lambda *leaves: _per_picture(split, per_picture, leaves), *arguments))
 
     return _program(call, lower, program)

@@ -19,8 +19,10 @@ jit knows of it: another platform is another program.
 """
 
 use_kernels = jax.make_user_context(False)
-"""`with use_kernels(True):` inside, programs may hold kernels that have no gradient and that XLA cannot split over
-devices by itself. `sdjax.devices.placement.spread` says so where neither is asked of them.
+"""`with use_kernels(True):` allows hand-written GPU and TPU kernels inside, such as flash attention.
+
+They have no gradient, and XLA cannot split them over devices by itself. `sdjax.devices.placement.parallelize` allows
+them where neither is needed.
 """
 
 CPU_OPTIONS = {"xla_backend_optimization_level": 1}

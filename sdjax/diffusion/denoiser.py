@@ -15,7 +15,7 @@ from jax import lax
 
 from sdjax.devices.platform import platform
 from sdjax.diffusion.schedule import per_image
-from sdjax.types import Array, Denoiser, Guidance, Latent, Level, Predictor
+from sdjax.types import Array, Denoiser, Guidance, Latent, NoiseLevel, Predictor
 
 
 def to_denoiser(predict: Predictor, prediction: str) -> Denoiser:
@@ -27,7 +27,7 @@ def to_denoiser(predict: Predictor, prediction: str) -> Denoiser:
     The result has the dtype of x, float32 in every sampler, whatever the network computes in.
     """
 
-    def denoise(x: Latent, level: Level) -> Latent:
+    def denoise(x: Latent, level: NoiseLevel) -> Latent:
         sigma = per_image(level.sigma, x)
         scale = jnp.reciprocal(jnp.sqrt(sigma**2 + 1))
         output = predict(x * scale, level).astype(x.dtype)
@@ -38,7 +38,7 @@ def to_denoiser(predict: Predictor, prediction: str) -> Denoiser:
     return denoise
 
 
-def guided(pair: Predictor, one: Callable[[Array | int, Latent, Level], Latent]) -> Predictor:
+def guided(pair: Predictor, one: Callable[[Array | int, Latent, NoiseLevel], Latent]) -> Predictor:
     """Classifier-free guidance: negative + scale (positive - negative) (Ho & Salimans 2022, eq. 6).
 
     pair: x f[b, ...] -> f[2b, ...], the rows of the negative prompt, then of the positive one; one: with 0 or 1 before
@@ -58,14 +58,14 @@ def guided(pair: Predictor, one: Callable[[Array | int, Latent, Level], Latent])
         output *= 1 + per_image(guidance.rescale, own) * (ratio - 1)
         return jnp.where(scale == 1, own, output)
 
-    def at_once(x: Latent, level: Level, guidance: Guidance) -> Latent:
+    def at_once(x: Latent, level: NoiseLevel, guidance: Guidance) -> Latent:
         def both() -> Latent:
             negative, own = jnp.split(pair(x, level).astype(x.dtype), 2)
             return steer(negative, own, guidance)
 
         return lax.cond(jnp.any(guidance.used), both, lambda: one(1, x, level).astype(x.dtype))
 
-    def in_turn(x: Latent, level: Level, guidance: Guidance) -> Latent:
+    def in_turn(x: Latent, level: NoiseLevel, guidance: Guidance) -> Latent:
         used = jnp.any(guidance.used)
 
         def half(index: Array) -> Latent:
@@ -75,7 +75,7 @@ def guided(pair: Predictor, one: Callable[[Array | int, Latent, Level], Latent])
         negative, own = lax.map(half, jnp.arange(2))
         return jnp.where(used, steer(negative, own, guidance), own)
 
-    def predict(x: Latent, level: Level) -> Latent:
+    def predict(x: Latent, level: NoiseLevel) -> Latent:
         if level.guidance is None:
             return one(1, x, level)
         return (in_turn if platform() == "cpu" else at_once)(x, level, level.guidance)
@@ -86,13 +86,13 @@ def guided(pair: Predictor, one: Callable[[Array | int, Latent, Level], Latent])
 def keep_known(denoise: Denoiser, known: Latent, mask: Array) -> Denoiser:
     """Inpainting with a model that has never seen a mask: where the mask is 0, x0 is known.
 
-    x0_hat = mask x0_hat + (1 - mask) known, mask f[b, h, w, 1] in [0, 1], 1 = paint. A
+    x0_hat = mask x0_hat + (1 - mask) known, mask f[b, h, w, 1] in [0, 1], 1 = regenerate. A
     deterministic sampler that starts at known + sigma noise then passes through known + sigma'
     noise at every later level, which is what renoising and pasting the known region at each step
     does (Lugmayr et al. 2022, eq. 8).
     """
 
-    def denoise_unknown(x: Latent, level: Level) -> Latent:
+    def denoise_unknown(x: Latent, level: NoiseLevel) -> Latent:
         x0_hat = denoise(x, level)
         return jnp.where(mask == 1, x0_hat, known + mask * (x0_hat - known))
 

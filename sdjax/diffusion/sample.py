@@ -1,21 +1,22 @@
-"""The sampling loop: one `lax.scan` over a sampler's rows, and the same step one at a time for
-previews.
+"""The sampling loop: one step, and two drivers of it: one `lax.scan` over the rows, and a stream of single steps.
 
-A denoiser comes as `make_denoiser`, a hashable function from its inputs (parameters, text, masks: a
-pytree of arrays) to a `Denoiser`. So whatever can change from call to call is an argument of the
-compiled program, and never a constant in it.
+A `State` is pictures under way, each at a row of its own: a batch, a stream of previews, and the places of a job that
+takes in the next picture when one is finished are all the same thing.
 
-Randomness: image i has a key of its own, made from its own seed. Its starting noise comes from
-fold_in(key, 0), the noise of row j from fold_in(key, j + 1): nothing depends on the batch that the
-image is made in.
+A denoiser comes as `make_denoiser`, a hashable function from its inputs to a `Denoiser`: `make_denoiser(params, given,
+index)`, where params are shared, `given` is a pytree of arrays f[b, ...] for each picture, and index i32[b] is the row
+that each picture is at. So whatever can change from call to call is an argument of the compiled program, and never a
+constant in it.
+
+Randomness: picture i has a key of its own, made from its own seed. Its initial noise comes from fold_in(key, 0), the
+noise of row j from fold_in(key, j + 1): nothing depends on the batch that the picture is made in.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,38 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sdjax.devices.platform import seeded_keys
 from sdjax.diffusion.samplers import Carry, Rows, first_carry, step
+from sdjax.diffusion.schedule import per_image
 from sdjax.types import Array, Denoiser, Latent
 
-MakeDenoiser = Callable[[Any], Denoiser]
+MakeDenoiser = Callable[[Any, Any, Array], Denoiser]
+
+
+class State(NamedTuple):
+    """Pictures under way; every leaf has them along its first axis.
+
+    carry: what the last step left, of which `carry.x` f[b, h, w, c] are the latents.
+    index: i32[b], the row that each picture takes next.
+    rows: each picture's own table, leaves [b, s, ...].
+    calls: i32[b], the first rows, those that run; a picture is finished when its index has reached it.
+    key: key[b], the source of each picture's randomness.
+    given: what its denoiser sees besides, a pytree of f[b, ...] (`Conditioning`).
+    """
+
+    carry: Carry
+    index: Any
+    rows: Rows
+    calls: Any
+    key: Array
+    given: Any
+
+
+def first_state(rows: Rows, calls: Any, x: Latent, key: Array, given: Any) -> State:
+    """The state before the first row; x: f32[b, h, w, c] at the first row's level, in sigma space."""
+    return State(first_carry(x), jnp.zeros(len(x), jnp.int32), rows, calls, key, given)
 
 
 def image_keys(seeds: Any) -> Array:
-    """seeds, a sequence of b whole numbers in [0, 2^32) -> one random key for each image, key[b].
+    """seeds, a sequence of b whole numbers in [0, 2^32) -> one random key for each picture, key[b].
 
     Raises:
         ValueError: a seed is not a whole number in that range.
@@ -41,17 +67,17 @@ def image_keys(seeds: Any) -> Array:
     return seeded_keys([int(seed) for seed in seeds])
 
 
-def draw(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
-    """Unit normal noise f32[b, *shape], each image's from its own key and `index`.
+def draw(keys: Array, index: Any, shape: tuple[int, ...]) -> Array:
+    """Unit normal noise f32[b, *shape], each picture's from its own key and index, i32[] or i32[b].
 
     Drawn as one row of numbers: the same ones, and on a CPU compiled in a seventh of the time.
     """
 
-    def one(key: Array) -> Array:
+    def one(key: Array, index: Any) -> Array:
         row = jax.random.normal(jax.random.fold_in(key, index), (math.prod(shape),), jnp.float32)
         return row.reshape(shape)
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(keys, jnp.broadcast_to(jnp.asarray(index), keys.shape))
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...]) -> Latent:
@@ -59,82 +85,88 @@ def initial_noise(keys: Array, shape: tuple[int, ...]) -> Latent:
     return draw(keys, 0, shape)
 
 
-def with_time_table(rows: Any, time_table: Callable[[Array], Any]) -> Any:
-    """The rows with what the network computes from t alone, for all of its calls at once."""
-    return rows._replace(levels=rows.levels._replace(time=time_table(rows.levels.t)))
+def at_rows(table: Any, index: Array) -> Any:
+    """Of a table with leaves [b, s, ...], each picture's row at its own index, leaves [b, ...]."""
+
+    def row(leaf: Array) -> Array:
+        places = jnp.minimum(index, leaf.shape[1] - 1).reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.take_along_axis(jnp.asarray(leaf), places, axis=1)[:, 0]
+
+    return jax.tree.map(row, table)
 
 
-def sample_row(make_denoiser: MakeDenoiser, inputs: Any, keys: Array, carry: Carry, row: Rows, index: Array) -> Carry:
-    """One row of `sample`; index: i32[], which one it is."""
-    noise = draw(keys, 1 + index, carry.x.shape[1:]).astype(carry.x.dtype)
-    return step(make_denoiser(inputs), carry, row, noise)
+def sample_step(make_denoiser: MakeDenoiser, params: Any, state: State) -> State:
+    """One row of every picture's own sampler; a picture that is finished stays as it is."""
+    carry, index = state.carry, state.index
+    noise = draw(state.key, 1 + index, carry.x.shape[1:]).astype(carry.x.dtype)
+    denoise = make_denoiser(params, state.given, index)
+    after = step(denoise, carry, at_rows(state.rows, index), noise)
+    running = index < state.calls
+    kept = jax.tree.map(lambda new, old: jnp.where(per_image(running, new), new, old), after, carry)
+    return state._replace(carry=kept, index=index + running)
 
 
-def sample(
-    make_denoiser: MakeDenoiser, inputs: Any, rows: Rows, x: Latent, keys: Array, count: Array | None = None
-) -> Latent:
-    """Runs a sampler over its rows and returns the last x.
+def sample(make_denoiser: MakeDenoiser, params: Any, state: State, ticks: Any = None) -> State:
+    """Runs the samplers of all pictures together and returns the state after; `.carry.x` are the latents.
 
-    rows: what `Sampler.rows` gave, leading axis s (s = 0 returns x), or [s, b] for a plan of its own for each picture.
-    x: f32[b, h, w, c] at the first row's level, in sigma space. keys: key[b]. count: i32[] or i32[b], rows to run;
-    those that no picture needs are skipped without a call of the network, so that one program serves every number of
-    steps up to s. None: all of them. Pure and traceable: call it inside your own jit.
+    ticks: i32[], the number of steps; None: until every picture is finished. Steps that no picture needs are skipped
+    without a call of the network, so that one program serves every number of steps up to s. Pure and traceable: call it
+    inside your own jit, and differentiate through it.
     """
+    state = state._replace(rows=jax.tree.map(jnp.asarray, state.rows), calls=jnp.asarray(state.calls))
 
-    rows = jax.tree.map(jnp.asarray, rows)
-    if not rows.scale.shape[0]:
-        return x
+    def one(moving: tuple[Carry, Array], tick: Array) -> tuple[tuple[Carry, Array], None]:
+        def run(moving: tuple[Carry, Array]) -> tuple[Carry, Array]:
+            after = sample_step(make_denoiser, params, state._replace(carry=moving[0], index=moving[1]))
+            return after.carry, after.index
 
-    def body(carry: Carry, index: Array) -> tuple[Carry, None]:
-        def run(carry: Carry) -> Carry:  # takes its row itself, so that a skipped one costs nothing
-            return sample_row(make_denoiser, inputs, keys, carry, _row(rows, index), index)
+        needed = jnp.any(moving[1] < state.calls)
+        if ticks is not None:
+            needed &= tick < ticks
+        return jax.lax.cond(needed, run, lambda moving: moving, moving), None
 
-        if count is None:
-            return run(carry), None
-        return jax.lax.cond(index < jnp.max(count), run, lambda carry: carry, carry), None
-
-    carry, _ = jax.lax.scan(body, first_carry(x), jnp.arange(rows.scale.shape[0]))
-    return carry.x
-
-
-_jitted_row = jax.jit(sample_row, static_argnums=0)
+    (carry, index), _ = jax.lax.scan(one, (state.carry, state.index), jnp.arange(state.rows.scale.shape[1]))
+    return state._replace(carry=carry, index=index)
 
 
-def stream(
-    make_denoiser: MakeDenoiser, inputs: Any, rows: Rows, x: Latent, keys: Array, count: int | None = None
-) -> Iterator[tuple[Latent, Latent]]:
-    """The rows of `sample` one by one: yields (x, x0_hat) after each, for progress and previews.
+_jitted_step = jax.jit(sample_step, static_argnums=0)
+
+
+def stream(make_denoiser: MakeDenoiser, params: Any, state: State) -> Iterator[State]:
+    """`sample` one step at a time: yields the state after each, for progress and previews (`.carry.x0_hat`).
 
     The step is compiled once for all rows; stop iterating to stop sampling.
     """
-    return row_by_row(partial(_jitted_row, make_denoiser, inputs, keys), rows, x, inputs, count)
+    count = int(np.max(state.calls - state.index, initial=0))
+    state = _bound_like(state, params)
+    for _ in range(count):
+        state = _jitted_step(make_denoiser, params, state)
+        yield state
 
 
-def row_by_row(
-    run: Callable[[Carry, Rows, Any], Carry], rows: Rows, x: Latent, inputs: Any, count: int | None = None
-) -> Iterator[tuple[Latent, Latent]]:
-    """`stream` for a compiled step: `run` takes (carry, row, index i32[]). inputs: what is bound in it."""
-    rows = jax.tree.map(jnp.asarray, rows)  # to the device once
-    carry = _bound_like(first_carry(x), inputs)
-    for index in map(np.int32, range(rows.scale.shape[0] if count is None else count)):
-        carry = run(carry, _row(rows, index), index)
-        yield carry.x, carry.x0_hat
-
-
-def _bound_like(carry: Any, inputs: Any) -> Any:
-    """The first carry bound to the devices that the inputs are bound to, as every later one comes out of the step.
+def _bound_like(state: State, params: Any) -> State:
+    """The state bound to the devices that the parameters are bound to, as every later one comes out of the step.
 
     For jit an array that is bound to its device is another kind of argument than one that is not: without this the
     step would be compiled twice.
     """
-    bound = [leaf.sharding for leaf in jax.tree.leaves(inputs) if isinstance(leaf, jax.Array) and leaf.committed]
+    bound = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) and leaf.committed]
     if not bound:
-        return carry
-    if isinstance(bound[0], NamedSharding):
-        return jax.device_put(carry, NamedSharding(bound[0].mesh, PartitionSpec()))
-    return jax.device_put(carry, bound[0])
+        return state
+    where = bound[0]
+    return jax.device_put(
+        state, NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+    )
 
 
-@jax.jit
-def _row(rows: Rows, index: Array | np.int32) -> Rows:
-    return jax.tree.map(lambda leaf: leaf[index], rows)
+def admit(state: Any, fresh: Any, places: Array) -> Any:
+    """The state with some of its pictures replaced: leaves [b, ...] of both.
+
+    places: i32[b], for each place the picture of `fresh` that takes it, or -1 where the one under way stays.
+    """
+
+    def mixed(old: Array, new: Array) -> Array:
+        taken = jnp.take(new, jnp.maximum(places, 0), axis=0)
+        return jnp.where(per_image(places >= 0, old), taken, old)
+
+    return jax.tree.map(mixed, state, fresh)

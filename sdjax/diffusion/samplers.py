@@ -1,6 +1,6 @@
 """Samplers: a table worked out on the host, and one short step that runs over its rows.
 
-Every coefficient of a sampler depends on the sigmas alone. `plan(sigma)` computes them in float64 (no infinities, no
+Every coefficient of a sampler depends on the sigmas alone. `table(sigma)` computes them in float64 (no infinities, no
 NaN, no special first step left for later), one row for each call of the network, and every sampler is a linear rule
 over the last few calls. So the jitted step is plain arithmetic, all samplers share one compiled program, and a batch
 may have another sampler in every picture. lambda = -log(sigma) and h = lambda' - lambda as in Lu et al. 2022
@@ -39,17 +39,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion.schedule import NoiseSchedule, per_image
-from sdjax.types import Array, Denoiser, Latent, Level
+from sdjax.types import Array, Denoiser, Latent, NoiseLevel
 
 HISTORY = 5  # directions that a rule may combine, the newest first
 
 
 class Rows(NamedTuple):
-    """A sampler's table, one row for each call of the network. In a plan each field has the leading axis s; for a
-    batch of different plans the axes are [s, b] (`jnp.stack` along axis 1); a step sees one row, without s.
+    """A sampler's table, one row for each call of the network.
+
+    For one picture each field has the leading axis s, for a batch the axes [b, s]; a step sees one row, [b].
     """
 
-    levels: Level  # [s]
+    levels: NoiseLevel  # [s]
     direction: Any  # [s, 2]
     correct: Any  # [s, 2]
     correct_history: Any  # [s, HISTORY]
@@ -99,11 +100,12 @@ def step(denoise: Denoiser, carry: Carry, row: Rows, noise: Array) -> Carry:
 class Sampler:
     """What `SAMPLERS` lists.
 
-    plan: sigma float64[s + 1], falling, the last may be 0 -> rows of float64 without timesteps; samplers with two calls
-    per step have more rows than there are steps.
+    table: sigma float64[s + 1], falling, the last may be 0 -> rows of float64 without timesteps; samplers with two
+        calls per step have more rows than there are steps.
+    stochastic: whether it adds noise on the way.
     """
 
-    plan: Callable[[np.ndarray], Rows]
+    table: Callable[[np.ndarray], Rows]
     stochastic: bool
 
     def rows(self, schedule: NoiseSchedule, sigma: np.ndarray, length: int | None = None) -> Rows:
@@ -111,17 +113,17 @@ class Sampler:
 
         length: rows in all; those behind the sampler's own leave x as it is.
         """
-        rows = self.plan(sigma)
+        rows = self.table(sigma)
         if length is not None:
             rest = _rows(np.full(1 + length - len(rows.scale), schedule.sigmas[0]))
             rows = Rows(*(_joined(*fields) for fields in zip(rows, rest, strict=True)))
         visited = rows.levels.sigma
-        return rows._replace(levels=Level(visited, schedule.timesteps(visited)))
+        return rows._replace(levels=NoiseLevel(visited, schedule.timesteps(visited)))
 
 
 def _joined(first: Any, second: Any) -> Any:
-    if isinstance(first, Level):
-        return Level(np.concatenate([first.sigma, second.sigma]), None)
+    if isinstance(first, NoiseLevel):
+        return NoiseLevel(np.concatenate([first.sigma, second.sigma]), None)
     return np.concatenate([first, second])
 
 
@@ -133,7 +135,7 @@ def _rows(sigma: np.ndarray) -> Rows:
     """A table that evaluates at every sigma but the last and keeps x; the plans fill it in."""
     count = len(sigma) - 1
     return Rows(
-        Level(sigma[:-1], None),
+        NoiseLevel(sigma[:-1], None),
         direction=np.tile([0.0, 1.0], (count, 1)),
         correct=np.tile([1.0, 0.0], (count, 1)),
         correct_history=np.zeros((count, HISTORY)),
@@ -152,7 +154,7 @@ def _ancestral(sigma: np.ndarray, after: np.ndarray, eta: float) -> tuple[np.nda
     return after * np.sqrt(1 - eta**2 + (eta * after / sigma) ** 2), up
 
 
-def plan_euler(sigma: np.ndarray, eta: float = 0.0) -> Rows:
+def euler_table(sigma: np.ndarray, eta: float = 0.0) -> Rows:
     """x' = (down / sigma) x + (1 - down / sigma) D + up eps; eta 0 is DDIM, eta 1 DDPM."""
     rows = _rows(sigma)
     down, up = _ancestral(sigma[:-1], sigma[1:], eta)
@@ -162,7 +164,7 @@ def plan_euler(sigma: np.ndarray, eta: float = 0.0) -> Rows:
     return rows
 
 
-def plan_dpmpp_2m(sigma: np.ndarray) -> Rows:
+def dpmpp_2m_table(sigma: np.ndarray) -> Rows:
     """x' = (sigma' / sigma) x + (1 - sigma' / sigma) (D_0 + (D_0 - D_1) h / (2 h_before)).
 
     The first step, and a last one to sigma = 0 (where h is infinite), are Euler steps.
@@ -178,13 +180,13 @@ def plan_dpmpp_2m(sigma: np.ndarray) -> Rows:
     return rows
 
 
-def plan_dpmpp_2m_sde(sigma: np.ndarray) -> Rows:
+def dpmpp_2m_sde_table(sigma: np.ndarray) -> Rows:
     """As dpmpp_2m with h twice as long and noise that makes up for it:
 
     x' = (sigma'^2 / sigma^2) x + (1 - sigma'^2 / sigma^2) (D_0 + (D_0 - D_1) h / (2 h_before))
          + sigma' sqrt(1 - sigma'^2 / sigma^2) eps.
     """
-    rows = plan_dpmpp_2m(sigma)
+    rows = dpmpp_2m_table(sigma)
     ratio = rows.scale.copy()
     rows.history[:] *= ((1 - ratio**2) / (1 - ratio))[:, None]
     rows.scale[:] = ratio**2
@@ -198,7 +200,7 @@ def _slopes(rows: Rows) -> None:
     rows.direction[:] = np.stack([1 / sigma, -1 / sigma], axis=-1)
 
 
-def plan_lms(sigma: np.ndarray) -> Rows:
+def lms_table(sigma: np.ndarray) -> Rows:
     """x' = x + sum_k d_k integral of the k-th Lagrange polynomial over [sigma, sigma'], k < 4."""
     rows = _rows(sigma)
     _slopes(rows)
@@ -219,7 +221,7 @@ ADAMS_BASHFORTH = (
 )
 
 
-def plan_plms(sigma: np.ndarray) -> Rows:
+def plms_table(sigma: np.ndarray) -> Rows:
     """x' = x + (sigma' - sigma) times Adams-Bashforth's mean of the last four slopes.
 
     The first step is Heun's, so there is one row more: an Euler step to y, then the slope at y,
@@ -228,7 +230,7 @@ def plan_plms(sigma: np.ndarray) -> Rows:
     """
     steps = len(sigma) - 1
     if steps < 2:
-        return plan_euler(sigma)
+        return euler_table(sigma)
     rows = _rows(np.insert(sigma, 2, sigma[1]))  # visits 0, 1, 1, 2, 3, ...
     _slopes(rows)
     rows.history[0, 0] = sigma[1] - sigma[0]
@@ -241,7 +243,7 @@ def plan_plms(sigma: np.ndarray) -> Rows:
     return rows
 
 
-def plan_unipc(sigma: np.ndarray) -> Rows:
+def unipc_table(sigma: np.ndarray) -> Rows:
     """UniP-2 and UniC-2, B(h) = e^h - 1, data prediction (Zhao et al. 2023, eq. 7-9 and appendix).
 
     With phi = e^-h - 1: x' = (sigma' / sigma) x - phi (D_0 + (D_1 - D_0) / (2 r)), r = h_before / h
@@ -276,7 +278,7 @@ def plan_unipc(sigma: np.ndarray) -> Rows:
     return rows
 
 
-def plan_lcm(sigma: np.ndarray) -> Rows:
+def lcm_table(sigma: np.ndarray) -> Rows:
     """x' = D + sigma' eps. (The paper's c_skip is under 1e-4 for every t >= 5, and left out.)"""
     rows = _rows(sigma)
     rows.scale[:] = 0.0
@@ -332,14 +334,14 @@ def _finite(sigma: np.ndarray) -> np.ndarray:
     return np.where(sigma > 0, sigma, np.finfo(np.float32).tiny)
 
 
-def plan_heun(sigma: np.ndarray) -> Rows:
+def heun_table(sigma: np.ndarray) -> Rows:
     """x' = x + (sigma' - sigma) (d + d') / 2, d' the slope where Euler's step lands."""
     before, after = sigma[:-1], _finite(sigma[1:])
     middle, final = _runge_kutta(before, after, after, 0.5, np.zeros_like(before))
     return _two_calls(sigma, after, middle, final)
 
 
-def plan_dpm2(sigma: np.ndarray, eta: float = 0.0) -> Rows:
+def dpm2_table(sigma: np.ndarray, eta: float = 0.0) -> Rows:
     """x' = x + (down - sigma) d at the geometric middle of sigma and down, + up eps."""
     before, after = sigma[:-1], _finite(sigma[1:])
     down, up = _ancestral(before, after, eta)
@@ -348,7 +350,7 @@ def plan_dpm2(sigma: np.ndarray, eta: float = 0.0) -> Rows:
     return _two_calls(sigma, second, middle, final)
 
 
-def plan_dpmpp_sde(sigma: np.ndarray, eta: float = 1.0) -> Rows:
+def dpmpp_sde_table(sigma: np.ndarray, eta: float = 1.0) -> Rows:
     """Two ancestral steps in lambda, to the middle s and from sigma to sigma' with D at s.
 
     y = (down_s / sigma) x + (1 - down_s / sigma) D + up_s eps_1 and
@@ -374,22 +376,22 @@ def ddim(eta: float = 0.0) -> Sampler:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], found {eta!r}")
-    return Sampler(partial(plan_euler, eta=eta), stochastic=eta > 0)
+    return Sampler(partial(euler_table, eta=eta), stochastic=eta > 0)
 
 
 SAMPLERS = {
-    "ddpm": Sampler(partial(plan_euler, eta=1.0), stochastic=True),
+    "ddpm": Sampler(partial(euler_table, eta=1.0), stochastic=True),
     "ddim": ddim(),
-    "plms": Sampler(plan_plms, stochastic=False),
-    "euler": Sampler(plan_euler, stochastic=False),
-    "euler_a": Sampler(partial(plan_euler, eta=1.0), stochastic=True),
-    "heun": Sampler(plan_heun, stochastic=False),
-    "dpm2": Sampler(plan_dpm2, stochastic=False),
-    "dpm2_a": Sampler(partial(plan_dpm2, eta=1.0), stochastic=True),
-    "lms": Sampler(plan_lms, stochastic=False),
-    "dpmpp_2m": Sampler(plan_dpmpp_2m, stochastic=False),
-    "dpmpp_2m_sde": Sampler(plan_dpmpp_2m_sde, stochastic=True),
-    "dpmpp_sde": Sampler(plan_dpmpp_sde, stochastic=True),
-    "unipc": Sampler(plan_unipc, stochastic=False),
-    "lcm": Sampler(plan_lcm, stochastic=True),
+    "plms": Sampler(plms_table, stochastic=False),
+    "euler": Sampler(euler_table, stochastic=False),
+    "euler_a": Sampler(partial(euler_table, eta=1.0), stochastic=True),
+    "heun": Sampler(heun_table, stochastic=False),
+    "dpm2": Sampler(dpm2_table, stochastic=False),
+    "dpm2_a": Sampler(partial(dpm2_table, eta=1.0), stochastic=True),
+    "lms": Sampler(lms_table, stochastic=False),
+    "dpmpp_2m": Sampler(dpmpp_2m_table, stochastic=False),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde_table, stochastic=True),
+    "dpmpp_sde": Sampler(dpmpp_sde_table, stochastic=True),
+    "unipc": Sampler(unipc_table, stochastic=False),
+    "lcm": Sampler(lcm_table, stochastic=True),
 }

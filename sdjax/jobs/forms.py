@@ -17,19 +17,76 @@ import re
 import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import IO, Any, NamedTuple
 
-from sdjax.diffusion.schedule import SPACINGS
-from sdjax.pipeline.recipe import OTHER_TOOLS, Recipe, file_hash
+from sdjax.pipeline.recipe import Recipe, file_hash
+from sdjax.request import Request, aliases, settings
 from sdjax.storage.files import each_once
 
-NUMBERS: dict[str, type] = {
-    **dict.fromkeys(("seed", "count", "steps", "clip_skip", "width", "height"), int),
-    **dict.fromkeys(("guidance", "guidance_rescale", "eta", "strength"), float),
+MORE_KINDS = {"count": "int", "size": "text"}
+"""What a line may say besides the settings of a request, and in what form."""
+
+MORE_ALIASES = {"num_images_per_prompt": "count"}
+MORE_SIMILAR = {
+    "count": (
+        *("n_iter", "batch_size", "batch_count", "n_samples", "num_images", "n", "samples"),
+        *("num_outputs", "images", "number", "repeat"),
+    ),
+    "size": ("resolution", "dimensions", "aspect_ratio", "ar"),
 }
-TEXTS = ("id", "prompt", "negative_prompt", "sampler", "spacing", "size", "init_image", "mask", "noise")
-FIELDS = (*TEXTS, *NUMBERS, "guidance_interval")
-"""What a line may say."""
+"""The same of these: names of other tools that are accepted, and names that are refused with ours."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a line may say: the settings of a class of requests, and what concerns the job.
+
+    kinds: of every field, by its name in lines. aliases: names of other tools -> ours, which are accepted. similar: the
+    same of names that are refused.
+    """
+
+    kinds: dict[str, str]
+    aliases: dict[str, str]
+    similar: dict[str, str]
+
+    @staticmethod
+    @lru_cache
+    def of(kind: Any) -> Known:
+        kinds, similar = {"id": "text"}, dict[str, str]()
+        for name, known in settings(kind).items():
+            if known.in_lines is not None:
+                here = known.in_lines or name
+                kinds[here] = known.kind
+                similar |= dict.fromkeys(known.similar, here)
+        similar |= {name: here for here, names in MORE_SIMILAR.items() for name in names}
+        return Known(kinds | MORE_KINDS, aliases(kind) | MORE_ALIASES, similar)
+
+    @property
+    def fields(self) -> str:
+        """The names of all fields, for messages."""
+        return ", ".join(self.kinds)
+
+    def ours(self, name: str) -> str | None:
+        """What a name is called here, however it is written; None if that is not known."""
+        plain = re.sub(r"[\s-]+", "_", name.strip(' "').lower())
+        return plain if plain in self.kinds else self.aliases.get(plain) or self.similar.get(plain)
+
+    def called(self, name: str) -> str:
+        """A name that is not known here, and what it is called here if that can be told."""
+        here = self.ours(name)
+        if here == "clip_skip":
+            here = "clip_skip, counted from 0"
+        return f"{name!r:.80}" + (f" (here it is called {here})" if here else "")
+
+    def is_number(self, name: str) -> bool:
+        return self.kinds.get(name) in ("int", "float")
+
+
+KNOWN = Known.of(Request)
+FIELDS = tuple(KNOWN.kinds)
+"""What a line of a job may say, by name."""
 
 LINE_MAX = 2**20
 """Bytes of the longest line that is read."""
@@ -39,40 +96,8 @@ DIGITS_MAX = 18
 
 CHUNK = 2**16
 
-OTHER_NAMES = {
-    "prompt": ("text", "caption", "positive", "positive_prompt", "prompts"),
-    "negative_prompt": ("negative", "negative_prompts", "neg_prompt", "neg", "uc", "unconditional_prompt"),
-    "guidance": ("cfg_scale", "cfg", "guidance_scale", "scale", "unconditional_guidance_scale"),
-    "count": (
-        *("n_iter", "batch_size", "batch_count", "n_samples", "num_images", "num_images_per_prompt", "n", "samples"),
-        *("num_outputs", "images", "number", "repeat"),
-    ),
-    "sampler": ("sampler_name", "sampling_method", "scheduler", "sampler_index"),
-    "spacing": ("schedule", "schedule_type", "noise_schedule", "sigmas"),
-    "strength": ("denoising_strength", "denoise", "denoising", "image_strength", "prompt_strength"),
-    "steps": ("num_inference_steps", "ddim_steps", "sampling_steps", "num_steps", "inference_steps"),
-    "seed": ("random_seed", "noise_seed", "seeds"),
-    "width": ("w",),
-    "height": ("h",),
-    "size": ("resolution", "dimensions", "aspect_ratio", "ar"),
-    "init_image": ("image", "init_img", "init_images", "input_image", "start_image", "image_path"),
-    "mask": ("mask_image", "mask_path", "inpaint_mask"),
-    "eta": ("ddim_eta",),
-    "guidance_rescale": ("rescale_cfg", "cfg_rescale"),
-    "clip_skip": ("clip_stop_at_last_layers", "clipskip"),
-    "id": ("name", "filename", "file_name", "key"),
-}
-OURS = {name: ours for ours, names in OTHER_NAMES.items() for name in names}
-"""Our name of what other tools call something else."""
-
-OPTIONS = {
-    **dict.fromkeys(("cfg_scale", "guidance_scale", "scale"), "guidance"),
-    **dict.fromkeys(("n_iter", "batch_size"), "count"),
-    "sampler_name": "sampler",
-    "denoising_strength": "strength",
-    "num_inference_steps": "steps",
-}
-"""Options of other tools' prompt files that mean exactly the same as a field of ours."""
+OPTIONS = {"scale": "guidance", "n_iter": "count", "batch_size": "count"}
+"""Options of other tools' prompt files that mean a field of ours there, in addition to names accepted anywhere."""
 
 Fields = dict[str, Any]
 
@@ -85,39 +110,29 @@ class Entry(NamedTuple):
     fields: Fields | ValueError
 
 
-def entries(file: IO[bytes] | IO[str], kind: str) -> Iterator[Entry]:
+def entries(file: IO[bytes] | IO[str], kind: str, known: Known = KNOWN) -> Iterator[Entry]:
     """What each line of a job file says; empty ones are passed over.
 
     kind: ".jsonl", ".csv", ".tsv" or ".txt".
+    known: what lines may say.
 
     Raises:
         ValueError: nothing of the file can be used: it is in an encoding that is not read, or the columns of a table
-        are not named, or are named by other words than `FIELDS`.
+        are not named, or are named by other words than are known.
     """
     lines = ((number, line) for number, line in _lines(file) if line.strip() or kind in (".csv", ".tsv"))
-    return _table(lines, kind) if kind in (".csv", ".tsv") else _line_by_line(lines, kind)
+    return _table(lines, kind, known) if kind in (".csv", ".tsv") else _line_by_line(lines, kind, known)
 
 
-def called(name: str) -> str:
-    """A name that is not known here, and what it is called here if that can be told."""
-    ours = _ours(name)
-    return f"{name!r:.80}" + (f" (here it is called {ours})" if ours else "")
-
-
-def _ours(name: str) -> str | None:
-    plain = re.sub(r"[\s-]+", "_", name.strip(' "').lower())
-    return plain if plain in FIELDS else OURS.get(plain)
-
-
-def _line_by_line(lines: Iterable[tuple[int, bytes]], kind: str) -> Iterator[Entry]:
+def _line_by_line(lines: Iterable[tuple[int, bytes]], kind: str, known: Known) -> Iterator[Entry]:
     said = {".txt": _prompt, ".jsonl": _object}[kind]
     for i, (number, line) in enumerate(lines):
         try:
             text = _text(line).strip()
             if i == 0 and kind == ".txt":
-                _refuse_table(text)
+                _refuse_table(text, known)
             if text:
-                yield Entry(number, _shown(line), said(text))
+                yield Entry(number, _shown(line), said(text, known))
         except _WholeFileError:
             raise
         except ValueError as error:
@@ -204,7 +219,7 @@ class _WholeFileError(ValueError):
 # JSON
 
 
-def _object(text: str) -> Fields:
+def _object(text: str, known: Known) -> Fields:
     try:
         found = json.loads(text, object_pairs_hook=each_once, parse_int=_whole)
     except json.JSONDecodeError as error:
@@ -217,10 +232,10 @@ def _object(text: str) -> Fields:
         )
     if not isinstance(found, dict):
         raise ValueError(f"expected an object {{...}}, found {text[:40]}")
-    return _of_ours(found)
+    return _of_ours(found, known)
 
 
-def _of_ours(found: Fields) -> Fields:
+def _of_ours(found: Fields, known: Known) -> Fields:
     """The fields of a line that sdjax wrote itself, in a job's jobs.jsonl or manifest.jsonl; any other as it is."""
     if {"line", "id", "count", "prompt"} <= set(found):
         names = {"image": "init_image"}
@@ -228,7 +243,7 @@ def _of_ours(found: Fields) -> Fields:
     if not {"picture", "id", "sha256", "settings"} <= set(found) or not isinstance(found["settings"], dict):
         return found
     recipe = Recipe.from_json(json.dumps(found["settings"]))
-    fields = {name: getattr(recipe, name) for name in FIELDS if hasattr(recipe, name)}
+    fields = {name: getattr(recipe, name) for name in known.kinds if hasattr(recipe, name)}
     fields |= {"id": found["id"], "guidance_interval": list(recipe.guidance_interval)}
     for name, picture in (("init_image", recipe.image), ("mask", recipe.mask)):
         if picture is not None:
@@ -251,25 +266,25 @@ def _whole(digits: str) -> int:
 # Tables
 
 
-def _table(lines: Iterator[tuple[int, bytes]], kind: str) -> Iterator[Entry]:
-    delimiter, lines = _delimiter(lines, kind)
+def _table(lines: Iterator[tuple[int, bytes]], kind: str, known: Known) -> Iterator[Entry]:
+    delimiter, lines = _delimiter(lines, kind, known)
     names: list[str] | None = None
     for number, text, cells in _rows(lines, delimiter):
         if names is None:
-            names = _columns(cells)
+            names = _columns(cells, known)
             continue
         if isinstance(cells, ValueError):
             yield Entry(number, text, cells)
         elif any(cells):
             try:
-                yield Entry(number, text, _from_row(names, cells, delimiter))
+                yield Entry(number, text, _from_row(names, cells, delimiter, known))
             except ValueError as error:
                 yield Entry(number, text, error)
     if names is None:
-        _columns([])
+        _columns([], known)
 
 
-def _delimiter(lines: Iterator[tuple[int, bytes]], kind: str) -> tuple[str, Iterator[tuple[int, bytes]]]:
+def _delimiter(lines: Iterator[tuple[int, bytes]], kind: str, known: Known) -> tuple[str, Iterator[tuple[int, bytes]]]:
     """What stands between the values, and the lines from the head line on."""
     usual = "\t,;" if kind == ".tsv" else ",;\t"
     for number, line in lines:
@@ -277,7 +292,7 @@ def _delimiter(lines: Iterator[tuple[int, bytes]], kind: str) -> tuple[str, Iter
         if match := re.fullmatch(r'"?sep=(.)"?[,;\t]*', text.removeprefix("\ufeff"), re.IGNORECASE):  # of Excel
             return match[1], lines
         if text:
-            words = {each: sum(_ours(word) is not None for word in text.split(each)) for each in usual}
+            words = {each: sum(known.ours(word) is not None for word in text.split(each)) for each in usual}
             return max(usual, key=lambda each: words[each]), _chained((number, line), lines)
     return usual[0], lines
 
@@ -324,15 +339,15 @@ def _joined(lines: list[tuple[int, bytes]]) -> str:
     return _shown(b"".join(line for _, line in lines))
 
 
-def _columns(cells: list[str] | ValueError) -> list[str]:
+def _columns(cells: list[str] | ValueError, known: Known) -> list[str]:
     """The names of the columns. Raises ValueError if they are not."""
     if isinstance(cells, ValueError):
         raise _WholeFileError(f"the first line must name the columns: {cells}")
-    names = [name.strip() for name in cells]
-    unknown = [name for name in names if name and name not in FIELDS]
-    allowed = ", ".join(FIELDS)
-    if unknown and (len(unknown) < len(names) or _ours(unknown[0])):
-        raise _WholeFileError(f"unknown column {called(unknown[0])}; the columns may be {allowed}")
+    names = [known.aliases.get(name.strip(), name.strip()) for name in cells]
+    unknown = [name for name in names if name and name not in known.kinds]
+    allowed = known.fields
+    if unknown and (len(unknown) < len(names) or known.ours(unknown[0])):
+        raise _WholeFileError(f"unknown column {known.called(unknown[0])}; the columns may be {allowed}")
     if "prompt" not in names:
         found = ", ".join(names)[:200] or "nothing"
         raise _WholeFileError(f"the first line must name the columns, prompt and others of {allowed}: {found}")
@@ -341,31 +356,32 @@ def _columns(cells: list[str] | ValueError) -> list[str]:
     return names
 
 
-def _from_row(names: list[str], cells: list[str], delimiter: str) -> Fields:
+def _from_row(names: list[str], cells: list[str], delimiter: str, known: Known) -> Fields:
     if any(cells[len(names) :]):
         raise ValueError("more values than there are columns; a text that holds a separator needs quotes")
-    if [cell.strip() for cell in cells] == names:
+    if [known.aliases.get(cell.strip(), cell.strip()) for cell in cells] == names:
         raise ValueError("the head line again")
     fields: Fields = {}
     for name, cell in zip(names, cells, strict=False):
         if cell and not name:
             raise ValueError(f"{cell!r:.80} stands in a column without a name")
         if cell:
-            fields[name] = _value(name, cell.replace(",", ".") if delimiter == ";" and name in NUMBERS else cell)
+            comma = delimiter == ";" and known.is_number(name)
+            fields[name] = _value(name, cell.replace(",", ".") if comma else cell, known)
     return fields
 
 
-def _value(name: str, text: str) -> Any:
+def _value(name: str, text: str, known: Known) -> Any:
     """A field's value from text. Raises ValueError if it should be a number and is none."""
     try:
-        if NUMBERS.get(name) is int:
+        if known.kinds.get(name) == "int":
             match = re.fullmatch(r"([+-]?[0-9]+)(?:\.0+)?", text.strip())  # 3.0: spreadsheets and pandas
             if match is None:
                 raise ValueError
             return _whole(match[1])
-        if name in NUMBERS:
+        if known.is_number(name):
             return float(text)
-        return [float(end) for end in text.split()] if name == "guidance_interval" else text
+        return [float(end) for end in text.split()] if known.kinds.get(name) == "fractions" else text
     except ValueError as error:
         reason = f"{error}" if "digits" in str(error) else f"found {text!r:.80}"
         raise ValueError(f"{name} must be a number, {reason}") from None
@@ -374,9 +390,9 @@ def _value(name: str, text: str) -> Any:
 # Prompts, and options as other tools write them
 
 
-def _prompt(text: str) -> Fields:
+def _prompt(text: str, known: Known) -> Fields:
     if text.startswith("--"):
-        return _options(text)
+        return _options(text, known)
     if found := re.search(r"\s(--[A-Za-z][\w-]*)", text):
         raise ValueError(
             f"{found[1]} after a prompt is not understood; options stand first in their line, and a .jsonl file can "
@@ -392,15 +408,19 @@ def _prompt(text: str) -> Fields:
     return {"prompt": text}
 
 
-def _refuse_table(text: str) -> None:
+def _refuse_table(text: str, known: Known) -> None:
     for delimiter in "\t,;":
         names = [name.strip(' "') for name in text.split(delimiter)]
-        if len(names) > 1 and "prompt" in names and set(names) <= set(FIELDS):
+        if (
+            len(names) > 1
+            and "prompt" in names
+            and {known.aliases.get(name, name) for name in names} <= set(known.kinds)
+        ):
             ending = ".tsv" if delimiter == "\t" else ".csv"
             raise _WholeFileError(f"the first line names columns ({', '.join(names)}); a table's name ends in {ending}")
 
 
-def _options(text: str) -> Fields:
+def _options(text: str, known: Known) -> Fields:
     """A line such as --prompt "a cat" --steps 5, as AUTOMATIC1111's script "prompts from file" takes it."""
     try:
         words = deque(shlex.split(text))
@@ -413,26 +433,15 @@ def _options(text: str) -> Fields:
         while words and not words[0].startswith("--"):
             values.append(words.popleft())
         said = option.removeprefix("--").replace("-", "_")
-        name = said if said in FIELDS else OPTIONS.get(said)
+        name = said if said in known.kinds else OPTIONS.get(said) or known.aliases.get(said)
         if name is None:
-            raise ValueError(f"the option {option:.80} is not known here; those of a line are {', '.join(FIELDS)}")
+            raise ValueError(f"the option {option:.80} is not known here; those of a line are {known.fields}")
         if not values:
             raise ValueError(f"the option {option} lacks its value")
-        found = _value(name, " ".join(values))
+        found = _value(name, " ".join(values), known)
         if said in ("n_iter", "batch_size") and isinstance(fields.get("count"), int):
             found *= fields.pop("count")  # so many times so many at once
         if name in fields:
             raise ValueError(f"{name} is there twice")
         fields[name] = found
-    if "sampler" in fields:
-        fields |= _sampler(fields["sampler"], fields)
     return fields
-
-
-def _sampler(name: str, fields: Fields) -> Fields:
-    """A sampler by our name or by that of other tools, which may hold the spacing: "DPM++ 2M Karras"."""
-    theirs = {spelling.lower(): ours for ours, spelling in OTHER_TOOLS.items()}
-    first, _, last = name.lower().rpartition(" ")
-    if last in SPACINGS and first in theirs and "spacing" not in fields:
-        return {"sampler": theirs[first], "spacing": last}
-    return {"sampler": theirs.get(name.lower(), name)}

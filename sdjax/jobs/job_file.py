@@ -23,10 +23,21 @@ import numpy as np
 from PIL import Image
 
 from sdjax.config import SamplingConfig
+from sdjax.diffusion.plan import row_bound
 from sdjax.image import LARGEST_SIDE
-from sdjax.jobs.forms import FIELDS, TEXTS, called, entries
+from sdjax.jobs.forms import Known, entries
 from sdjax.jobs.processes import Share
-from sdjax.request import Request, check_settings, filled_in, parse_size, row_bound
+from sdjax.request import (
+    SEEDS,
+    Request,
+    check_positive,
+    check_seeds,
+    check_values,
+    need,
+    ours,
+    parse_size,
+    with_defaults,
+)
 from sdjax.storage.files import json_line
 
 LINE_PICTURES, JOB_PICTURES = 1_000_000, 10_000_000
@@ -51,7 +62,7 @@ class Line:
 
 
 class Rejected(NamedTuple):
-    """A line that is no request. text: as it was given; reason: what is wrong with it."""
+    """An invalid line. text: as it was given; reason: what is wrong with it."""
 
     number: int
     text: str
@@ -65,22 +76,25 @@ def read_lines(
     check: Callable[[Request], object] | None = None,
     *,
     ignores_case: bool = False,
+    request: type[Request] = Request,
 ) -> Iterator[Line | Rejected]:
     """Every request of a job file, checked as far as it can be without making its picture.
 
-    kind: ".jsonl", ".csv", ".tsv" or ".txt" (`sdjax.jobs.forms`). defaults: fields for lines that lack them. check:
-    raises ValueError for a request that the model cannot make. ignores_case: ids that differ in capitals alone are the
-    same.
+    kind: ".jsonl", ".csv", ".tsv" or ".txt" (`sdjax.jobs.forms`).
+    defaults: fields for lines that lack them.
+    check: raises ValueError for a request that the model cannot make.
+    ignores_case: ids that differ in capitals alone are the same.
+    request: the class whose settings a line may have.
 
     Raises:
         ValueError: nothing of the file can be used.
     """
     names, pictures = _Names(ignores_case), 0
-    for number, text, fields in entries(file, kind):
+    for number, text, fields in entries(file, kind, Known.of(request)):  # type: ignore[arg-type]
         try:
             if isinstance(fields, ValueError):
                 raise fields
-            line = _line(number, {**defaults, **fields})
+            line = _line(number, {**defaults, **fields}, request)
             if pictures + line.count > JOB_PICTURES:
                 raise ValueError(f"with this line the job has more than {JOB_PICTURES:,} pictures; divide it")
             if check is not None:
@@ -143,18 +157,29 @@ class _Names:
         return after > 0 and ranges[after - 1][1] > start
 
 
-def _line(number: int, fields: dict[str, Any]) -> Line:
-    unknown = [name for name in fields if name not in FIELDS]
-    if unknown:
-        raise ValueError(f"unknown field {called(unknown[0])}; the fields are {', '.join(FIELDS)}")
+def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
+    """One line, checked as far as it can be without the model and the pictures."""
+    known = Known.of(kind)  # type: ignore[arg-type]
     fields = {name: value for name, value in fields.items() if value is not None}
+
+    # Names
+    for alias, name in known.aliases.items():
+        if alias in fields:
+            if name in fields:
+                raise ValueError(f"{name} is there twice, once as {alias}")
+            fields[name] = fields.pop(alias)
+    unknown = [name for name in fields if name not in known.kinds]
+    if unknown:
+        raise ValueError(f"unknown field {known.called(unknown[0])}; the fields are {known.fields}")
+
+    # Texts and files
     if "prompt" not in fields:
         raise ValueError("the prompt is missing")
-    if not isinstance(fields["prompt"], str):
-        raise ValueError(f"prompt must be a string, found {fields['prompt']!r}")
-    for key in TEXTS:
-        if isinstance(text := fields.get(key), str) and "\0" in text:
+    for key, value in fields.items():
+        if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{key} holds a zero character; leave it out")
+        if known.kinds[key] == "noise":
+            need(isinstance(value, str), key, "a string", value)
     name = fields.pop("id", f"{number:07d}")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII):
         raise ValueError(f"id must be up to 100 letters, digits, '.', '_' and '-', found {name!r}")
@@ -169,6 +194,8 @@ def _line(number: int, fields: dict[str, Any]) -> Line:
         raise ValueError("a mask needs an init_image")
     if image is None and "strength" in fields:
         raise ValueError("strength needs an init_image")
+
+    # Numbers
     for side in ("width", "height"):
         length = fields.get(side, 8)
         if not isinstance(length, int) or isinstance(length, bool) or length < 8 or length % 8:
@@ -177,13 +204,23 @@ def _line(number: int, fields: dict[str, Any]) -> Line:
             raise ValueError(f"{side} must be {LARGEST_SIDE} at most, found {length}")
     if isinstance(count, int) and count > LINE_PICTURES:
         raise ValueError(f"count must be {LINE_PICTURES:,} at most, found {count}; divide the line")
-    if fields.get("seed") == -1:
-        raise ValueError("seed -1 means a random one to other tools; give a whole number from 0, or none")
-    checked = {key: value for key, value in fields.items() if key not in ("width", "height")}
-    check_settings(prompts=[checked.pop("prompt")], count=count, **checked)
+    check_positive(count=count)
+    if fields.get("seed") == -1 and not isinstance(fields["seed"], bool):
+        fields["seed"] = _seed_of(number, fields, count)
+    fields = ours(fields, kind)
+    check_values(fields, kind)
+    check_seeds(fields.get("seed", 0), count)
     if "guidance_interval" in fields:
         fields["guidance_interval"] = tuple(fields["guidance_interval"])
-    return Line(number, name, count, Request(**fields, image=image, mask=mask, id=name))
+    return Line(number, name, count, kind(**fields, image=image, mask=mask, id=name))
+
+
+def _seed_of(number: int, fields: dict[str, Any], count: int) -> int:
+    """A seed that nobody chose, for a line that asks for it: the same whenever the job is read again, so that a job
+    resumes, and several processes agree.
+    """
+    said = json.dumps([number, fields], sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()) % (SEEDS - count + 1)
 
 
 def _refuse_no_file(key: str, path: Any) -> None:
@@ -237,7 +274,7 @@ class Job(AbstractContextManager["Job"]):
         offset = 0
         for text in self.file:
             line = from_json(text)
-            shape = _shape(filled_in(line.request, sampling))
+            shape = _shape(with_defaults(line.request, sampling))
             offsets.append(offset)
             counts.append(line.count)
             shapes.append(shape_ids.setdefault(shape, len(shape_ids)))
@@ -264,7 +301,7 @@ class Job(AbstractContextManager["Job"]):
         lines = np.repeat(self.order, self.counts[self.order])
         starts = np.cumsum(self.counts[self.order]) - self.counts[self.order]
         pictures = self.first[lines] + np.arange(self.pictures) - np.repeat(starts, self.counts[self.order])
-        mine = slice(share.process, None, share.processes)
+        mine = slice(share.process_index, None, share.process_count)
         return pictures[mine], lines[mine]
 
 

@@ -1,7 +1,7 @@
 """What a job leaves in its folder: the manifest, and pictures as files or in WebDataset shards.
 
-All of it is written such that a kill or a power cut at any moment leaves nothing that the next start cannot tell from a
-whole: a picture is on the disk before its line in the manifest is, and with the line it counts as made.
+All of it is written such that a crash or a power cut at any moment leaves nothing that the next start cannot tell from
+a whole: a picture is on the disk before its line in the manifest is, and with the line it counts as made.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from sdjax.pipeline.recipe import Recipe, has_recipe
 from sdjax.storage.files import flush, json_line, new_file
 
 LINE = 2**14
-"""Bytes that a manifest's line does not exceed by far; a kill may leave as much of one without its end."""
+"""Bytes that a manifest's line does not exceed by far; a crash may leave as much of one without its end."""
 
 SHARD = 1000
 """Pictures in one .tar."""
 
 
 class Manifest(AbstractContextManager["Manifest"]):
-    """OUT/manifest.jsonl: appended to, a line at a time, and never left with half a line.
+    """The list of pictures that are made, OUT/manifest.jsonl: one line each, never half a line.
 
-    Every process has a file of its own, `manifest-0001.jsonl` and so on after the first, and knows what the others have
-    made. A file whose process is no longer there belongs to number i modulo the number of processes.
-    entries: picture -> (file, end of its part of it).
+    Every process writes a file of its own (`manifest-0001.jsonl` and so on after the first) and reads all of them. If a
+    job is resumed by fewer processes, the file of number i is looked after by process i modulo their number.
+
+    entries: picture -> (the file that it is in, where it ends in that file).
     """
 
     def __init__(self, out: Path, share: Share = ALONE) -> None:
@@ -57,7 +58,7 @@ class Manifest(AbstractContextManager["Manifest"]):
             if self._is_ours(path):
                 left = path.stat().st_size - whole
                 if left > LINE:
-                    what = f"{left} bytes at its end are no lines of a manifest; their pictures are made anew"
+                    what = f"{left} bytes at its end are no lines of a manifest; their pictures are made again"
                     warnings.warn(f"{path}: {what}", stacklevel=2)
                 os.truncate(path, whole)
         self.file = open(self.own, "ab", buffering=0)  # noqa: SIM115
@@ -68,7 +69,7 @@ class Manifest(AbstractContextManager["Manifest"]):
 
     def _is_ours(self, path: Path) -> bool:
         """Whether this process looks after a file: its own, or one of a process that is no longer there."""
-        return number_of(path.stem) % self.share.processes == self.share.process
+        return number_of(path.stem) % self.share.process_count == self.share.process_index
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -152,7 +153,7 @@ class Shards:
         self.count, self.file = 0, cast(FileIO | None, None)
         left = [path.stem for path in out.glob("shard*.tar.partial")]
         for file in sorted(left, key=lambda file: (file in own, file)):  # the last one of its own it goes on with
-            if number_of(file) % manifest.share.processes != manifest.share.process:
+            if number_of(file) % manifest.share.process_count != manifest.share.process_index:
                 continue
             self.close()
             if file not in ends:

@@ -17,15 +17,18 @@ import jax
 
 
 class Share(NamedTuple):
-    """Which part of a job is this process's: the one of number `process` among so many `processes`."""
+    """The part of a job that one of several processes does.
 
-    process: int = 0
-    processes: int = 1
+    process_index: which process it is, from 0. process_count: how many there are.
+    """
+
+    process_index: int = 0
+    process_count: int = 1
 
     @property
     def tag(self) -> str:
         """What tells this process's files from those of the others; nothing for the first."""
-        return f"-{self.process:04d}" if self.process else ""
+        return f"-{self.process_index:04d}" if self.process_index else ""
 
     def failures(self, out: Path) -> Path:
         """Where this process says what it could not make."""
@@ -41,7 +44,7 @@ NOTE_AFTER = 3.0
 """Seconds after which they say so."""
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Share:
+def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Share:
     """Joins the other processes by `jax.distributed`. Call it before anything else of JAX.
 
     coordinator: HOST:PORT of process 0; processes: how many there are; process: which one this is. Without them the

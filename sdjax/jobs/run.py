@@ -1,18 +1,18 @@
 """A job file in, pictures out: `sdjax batch jobs.jsonl -o out/`.
 
-    OUT/jobs.jsonl      the job as it was understood, one line for each request; the same command goes on, another job
-                        is refused
+    OUT/jobs.jsonl      the job as it was understood, one line for each request; the same command resumes it,
+                        another job is refused
     OUT/manifest.jsonl  a line for each finished picture: id, file, seed, settings, sha256 of the file
     OUT/failed.jsonl    what could not be made in the last run, and why; the next run tries it again
-    OUT/rejected.jsonl  lines that are no request, and why (`skip_bad`)
+    OUT/rejected.jsonl  invalid lines, and why (`skip_bad`)
     OUT/*.png           pictures with their recipes, or OUT/shard-*.tar of them
 
 Several processes (`Share`) may do one job together; the second and later ones put their number into the names of their
 own manifest-0001.jsonl, failed-0001.jsonl and shard-0001-000000.tar.
 
 A picture counts as made when its line is in the manifest. Files appear under their final name when they are whole, the
-line follows, and what a kill leaves behind is cleared away by the next start: so every picture is made exactly once, at
-whatever moment the work was interrupted.
+line follows, and what a crash leaves behind is cleared away by the next start: so every picture is made exactly once,
+at whatever moment the work was interrupted.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def prepare(
     skip_bad: bool,
     share: Share = ALONE,
     check: Callable[[Request], object] | None = None,
+    request: type[Request] = Request,
 ) -> list[Rejected]:
-    """Reads and checks a whole job file into OUT/jobs.jsonl, and returns the lines that are no requests.
+    """Reads and checks a whole job file into OUT/jobs.jsonl, and returns the invalid lines.
 
     settings: what else the pictures depend on (model, dtype, file format); a folder is for one job and one of these.
     share: of several processes each does this for itself, and comes to the same file. check: raises ValueError for a
@@ -101,7 +102,7 @@ def prepare(
 
     Raises:
         ValueError: `out` holds another job or other files of these names, or, without `skip_bad`, there are lines that
-        are no requests, or there is nothing else.
+        are invalid, or there is nothing else.
     """
     partial, bad = (out / f".{name}{share.tag}.jsonl.partial" for name in ("jobs", "rejected"))
     claim = out / "job.json"
@@ -112,7 +113,8 @@ def prepare(
     try:
         with open(partial, "wb") as file, open(bad, "wb") as bad_file:
             ignores_case = (out / partial.name.upper()).exists()
-            for line in _named(name, read_lines(source, kind, defaults, check, ignores_case=ignores_case)):
+            options: dict[str, Any] = dict(ignores_case=ignores_case, request=request)
+            for line in _named(name, read_lines(source, kind, defaults, check, **options)):
                 if isinstance(line, Rejected):
                     bad_file.write(json_line(line._asdict()))
                     rejected.append(line._replace(text=line.text[:SHOWN]))
@@ -124,7 +126,7 @@ def prepare(
             reasons = shown([f"line {line.number}: {line.reason}" for line in rejected], 20 if skip_bad else 5)
             advice = "" if skip_bad else f" ({hint('skip_bad')} goes on without them)"
             nothing = "" if size else "; there is no request in this job"
-            raise ValueError(f"{name}: {len(rejected)} lines are no requests{advice}{nothing}: {'; '.join(reasons)}")
+            raise ValueError(f"{name}: {len(rejected)} lines are invalid{advice}{nothing}: {'; '.join(reasons)}")
         if not size:
             raise ValueError(f"{name}: there is no request in this job; the file has no line that says anything")
         _claim(claim, {"requests": digest.hexdigest(), **settings})
@@ -188,7 +190,7 @@ def first_request(out: Path) -> Request:
 
 @contextmanager
 def at_work(out: Path, share: Share = ALONE) -> Iterator[None]:
-    """Holds a share of a folder's job for this process alone, and clears away what a kill left if no other process is
+    """Holds a share of a folder's job for this process alone, and clears away what a crash left if no other process is
     at work there. Makes the folder if need be.
 
     Raises:
@@ -210,11 +212,11 @@ def at_work(out: Path, share: Share = ALONE) -> Iterator[None]:
         try:
             yield
         finally:
-            if share.process:
+            if share.process_index:
                 jax.distributed.shutdown()  # while process 0 is there for certain: it waits for this lock
-        if share.process == 0:
-            for other in range(1, share.processes):
-                _wait_for(out / f".lock{Share(other, share.processes).tag}", start)
+        if share.process_index == 0:
+            for other in range(1, share.process_count):
+                _wait_for(out / f".lock{Share(other, share.process_count).tag}", start)
 
 
 def _wait_for(lock: Path, start: float) -> None:
@@ -311,7 +313,7 @@ def run(
 
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
         try:
-            for request, picture in pipe.batch(requests(), batch=batch, on_error=fail):
+            for request, picture in pipe.batch(requests(), batch_size=batch, on_error=fail):
                 try:
                     said: dict[str, Any] = dict(image=_hashed(request.image), mask=_hashed(request.mask))
                 except OSError as error:  # gone since it was read
@@ -335,9 +337,9 @@ def described(pipe: Pipeline, out: Path, batch: int, share: Share = ALONE) -> st
     """What `run` would do, as lines to print: pictures, batches and programs by shape, estimated memory."""
     with Job(out / "jobs.jsonl", pipe.config.sampling) as job, Manifest(out, share) as manifest:
         lines = [f"{len(job.offsets)} requests, {job.pictures} pictures, {len(manifest.entries)} of them made"]
-    own, shares = pipe.config.image_size, pipe.placement.shares
-    at_once, each = batch * shares, " on each device" if shares * pipe.placement.model > 1 else ""
-    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.params)) // pipe.placement.model
+    own, shares = pipe.config.image_size, pipe.placement.data_parallel
+    at_once, each = batch * shares, " on each device" if shares * pipe.placement.model_parallel > 1 else ""
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.params)) // pipe.placement.model_parallel
     for (size, clip_skip, rows), pictures in job.shapes.items():
         if size == "unreadable":
             lines.append(f"  unreadable init_image: {pictures} pictures")

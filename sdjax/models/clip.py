@@ -106,7 +106,7 @@ class TextEncoder(nn.Module):
         last_hidden_state = self.final_norm(hidden_states[-1 - skip])
         pooled = None
         if self.config.projection is not None:
-            end = jnp.argmax(ids == self.config.vocab_size - 1, axis=1)  # end of text is the vocabulary's last entry
+            end = jnp.argmax(ids == self.config.end, axis=1)
             states = self.final_norm(hidden_states[-1])
             pooled = self.projection(states[jnp.arange(ids.shape[0]), end])
         return TextOutput(last_hidden_state, tuple(hidden_states), pooled)

@@ -261,7 +261,7 @@ def _scores_attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> 
 def _flash_attention(q: Array, k: Array, v: Array) -> Array:
     """Attention by JAX's kernel for TPUs, which holds no scores outside of the chip (Dao et al. 2022).
 
-    It takes lengths in blocks, and heads of up to 128 or multiples of that: the rest is filled up with zeros, and the
+    It takes lengths in blocks, and heads of up to 128 or multiples of that: the rest is padded with zeros, and the
     keys that are none are masked.
     """
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
@@ -269,10 +269,10 @@ def _flash_attention(q: Array, k: Array, v: Array) -> Array:
     b, length, _, d = q.shape
     keys, wider = k.shape[1], -d % TPU_LANES if d > TPU_LANES else 0
 
-    def filled(x: Array) -> Array:
+    def padded(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TPU_LANES), (0, 0), (0, wider))).swapaxes(1, 2)
 
-    q, k, v = filled(q), filled(k), filled(v)
+    q, k, v = padded(q), padded(k), padded(v)
     block_q, block_k = (math.gcd(x.shape[2], TPU_BLOCK) for x in (q, k))
     is_key = jnp.broadcast_to(jnp.arange(k.shape[2]) < keys, (b, k.shape[2])).astype(jnp.int32)
     masked = SegmentIds(jnp.ones((b, q.shape[2]), jnp.int32), is_key)

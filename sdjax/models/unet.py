@@ -2,7 +2,7 @@
 appendix B).
 
 `UNet(config).apply({"params": p}, x, t, context)` is the network as the papers write it. A sampler
-calls the same three parts apart, so that nothing is computed twice: `time_table(t)` for all of its
+calls the same three parts apart, so that nothing is computed twice: `embed_timesteps(t)` for all of its
 steps at once, `text_kv(context)` once per prompt, and `predict(x, time, kv)` in the loop.
 
 Fewer latents than prompts: `predict` takes x f[b, ...] with keys and values of k*b rows, and
@@ -152,10 +152,8 @@ def _transformer(remat: bool) -> Any:
     return nn.remat(Transformer) if remat else Transformer
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, each with a transformer behind it where the level has
-    them, then a change of resolution.
-    """
+class Block(nn.Module):
+    """Residual blocks at one resolution, each followed by a transformer where the level has them."""
 
     config: UNetConfig
     in_features: tuple[int, ...]  # of every residual block, skip connection included
@@ -163,7 +161,7 @@ class Level(nn.Module):
     heads: int
     transformer_layers: int  # 0: no transformers
     only_cross: bool
-    resample: str | None  # "down", "up" or None
+    resample: bool  # whether the resolution changes after it
     remat: bool = False
 
     def setup(self) -> None:
@@ -177,13 +175,8 @@ class Level(nn.Module):
                 transformer(self.features, self.heads, self.transformer_layers, config.groups, self.only_cross)
                 for _ in self.in_features
             ]
-        if self.resample == "down":
-            padding = (1, 1) if config.even_downsampling else (0, 1)
-            self.downsample = Conv(self.features, stride=2, padding=padding)
-        elif self.resample == "up":
-            self.upsample = Upsample(self.features)
 
-    def time_shifts(self, embedding: Array) -> list[Array]:
+    def timestep_shifts(self, embedding: Array) -> list[Array]:
         return [block.time_shift(embedding) for block in self.res]
 
     def text_kv(self, context: Array) -> list[Any]:
@@ -192,6 +185,25 @@ class Level(nn.Module):
     def block(self, i: int, x: Array, time: list[Array], kv: list[Any]) -> Array:
         x = self.res[i](x, time[i])
         return self.attention[i](x, kv[i]) if self.transformer_layers else x
+
+
+class DownBlock(Block):
+    """A block on the way down; after it the resolution is halved."""
+
+    def setup(self) -> None:
+        super().setup()
+        if self.resample:
+            padding = (1, 1) if self.config.even_downsampling else (0, 1)
+            self.downsample = Conv(self.features, stride=2, padding=padding)
+
+
+class UpBlock(Block):
+    """A block on the way up; after it the resolution is doubled."""
+
+    def setup(self) -> None:
+        super().setup()
+        if self.resample:
+            self.upsample = Upsample(self.features)
 
 
 class Middle(nn.Module):
@@ -209,7 +221,7 @@ class Middle(nn.Module):
         if layers:
             self.attention = _transformer(remat)(width, config.heads[-1], layers, config.groups)
 
-    def time_shifts(self, embedding: Array) -> list[Array]:
+    def timestep_shifts(self, embedding: Array) -> list[Array]:
         return [block.time_shift(embedding) for block in self.res]
 
     def text_kv(self, context: Array) -> list[Any]:
@@ -232,7 +244,7 @@ class UNet(nn.Module):
     f[b, h, w, 4].
 
     Any h and w: a size that does not halve evenly is rounded up on the way down and cropped on the
-    way up. `remat`: training keeps only what lies between the blocks, and computes the rest anew for the gradient.
+    way up. `remat`: training keeps only what lies between the blocks, and recomputes the rest for the gradient.
     """
 
     config: UNetConfig
@@ -246,14 +258,14 @@ class UNet(nn.Module):
         self.time_fc2 = Dense(time_width)
         self.conv_in = _same_size_conv(channels[0], config.conv_in_size)
 
-        def level(i: int, ins: tuple[int, ...], layers: int, resample: str | None) -> Level:
+        def block(kind: Any, i: int, ins: tuple[int, ...], layers: int, resample: bool) -> Any:
             only_cross = config.level_only_cross[i]
-            return Level(config, ins, channels[i], config.heads[i], layers, only_cross, resample, remat)
+            return kind(config, ins, channels[i], config.heads[i], layers, only_cross, resample, remat)
 
         width, skips, down = channels[0], [channels[0]], []
         for i, features in enumerate(channels):
             ins = (width, *[features] * (blocks[i] - 1))
-            down.append(level(i, ins, config.down_transformers[i], "down" if i < last else None))
+            down.append(block(DownBlock, i, ins, config.down_transformers[i], i < last))
             skips += [features] * (blocks[i] + (i < last))
             width = features
         self.down = down
@@ -263,13 +275,13 @@ class UNet(nn.Module):
         for i in range(last, -1, -1):
             features = channels[i]
             ins = (width + skips.pop(), *[features + skips.pop() for _ in range(blocks[i])])
-            up.append(level(i, ins, config.up_transformers[last - i], "up" if i > 0 else None))
+            up.append(block(UpBlock, i, ins, config.up_transformers[last - i], i > 0))
             width = features
         self.up = up
         self.norm_out = GroupNorm(config.groups, config.epsilon)
         self.conv_out = _same_size_conv(config.out_channels, config.conv_out_size)
 
-    def time_table(self, t: Array) -> Any:
+    def embed_timesteps(self, t: Array) -> Any:
         """t f|i32[...] -> the shift of every residual block, a pytree of f[..., c]."""
         config = self.config
         embedding = timestep_embedding(
@@ -278,14 +290,14 @@ class UNet(nn.Module):
         embedding = self.time_fc2(ACTIVATIONS[config.activation](self.time_fc1(embedding)))
         for name in config.time_activations:
             embedding = ACTIVATIONS[name](embedding)
-        return [part.time_shifts(embedding) for part in (*self.down, self.mid, *self.up)]
+        return [part.timestep_shifts(embedding) for part in (*self.down, self.mid, *self.up)]
 
     def text_kv(self, context: Array) -> Any:
         """context f[b, l, d] -> keys and values of every cross-attention, each f[b, l, n, d/n]."""
         return [part.text_kv(context) for part in (*self.down, self.mid, *self.up)]
 
     def predict(self, x: Array, time: Any, kv: Any) -> Array:
-        """One evaluation from what `time_table` and `text_kv` gave.
+        """One evaluation from what `embed_timesteps` and `text_kv` gave.
 
         x f[b, h, w, in_channels]; time shifts f[c] or f[b, c]; keys and values of k*b rows ->
         f[k*b, h, w, out_channels].
@@ -310,4 +322,4 @@ class UNet(nn.Module):
         return self.conv_out(ACTIVATIONS[self.config.activation](self.norm_out(x)))
 
     def __call__(self, x: Array, t: Array, context: Array) -> Array:
-        return self.predict(x, self.time_table(t), self.text_kv(context))
+        return self.predict(x, self.embed_timesteps(t), self.text_kv(context))

@@ -68,30 +68,50 @@ class Middle(nn.Module):
         return self.res[1](self.attention(x) if self.config.middle_attention else x)
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution by 2, if any."""
+class Block(nn.Module):
+    """Residual blocks at one resolution."""
 
     in_features: int
     features: int
     blocks: int
     config: VAEConfig
-    resample: str | None  # "down", "up" or None
+    resample: bool  # whether the resolution changes after it
 
     def setup(self) -> None:
         widths = [self.in_features] + [self.features] * self.blocks
         block = partial(ResBlock, groups=self.config.groups, epsilon=EPSILON, activation=self.config.activation)
         self.res = [block(after, skip=before != after) for before, after in pairwise(widths)]
-        if self.resample == "down":  # pads right and bottom only
-            self.downsample = Conv(self.features, stride=2, padding=(0, 1))
-        elif self.resample == "up":
-            self.upsample = Upsample(self.features)
 
     def __call__(self, x: Array) -> Array:
         for block in self.res:
             x = block(x)
-        if self.resample == "down":
-            return self.downsample(x)
-        return self.upsample(x) if self.resample == "up" else x
+        return x
+
+
+class DownBlock(Block):
+    """A block of the encoder; after it the resolution is halved."""
+
+    def setup(self) -> None:
+        super().setup()
+        if self.resample:  # pads right and bottom only
+            self.downsample = Conv(self.features, stride=2, padding=(0, 1))
+
+    def __call__(self, x: Array) -> Array:
+        x = super().__call__(x)
+        return self.downsample(x) if self.resample else x
+
+
+class UpBlock(Block):
+    """A block of the decoder; after it the resolution is doubled."""
+
+    def setup(self) -> None:
+        super().setup()
+        if self.resample:
+            self.upsample = Upsample(self.features)
+
+    def __call__(self, x: Array) -> Array:
+        x = super().__call__(x)
+        return self.upsample(x) if self.resample else x
 
 
 class Encoder(nn.Module):
@@ -103,12 +123,12 @@ class Encoder(nn.Module):
         last = len(config.channels) - 1
         self.conv_in = Conv(config.channels[0])
         self.down = [
-            Level(
+            DownBlock(
                 widths[i],
                 widths[i + 1],
                 config.res_blocks,
                 config,
-                "down" if i < last else None,
+                i < last,
             )
             for i in range(last + 1)
         ]
@@ -134,12 +154,12 @@ class Decoder(nn.Module):
         self.conv_in = Conv(channels[0])
         self.mid = Middle(config)
         self.up = [
-            Level(
+            UpBlock(
                 widths[i],
                 widths[i + 1],
                 config.res_blocks + 1,
                 config,
-                "up" if i < last else None,
+                i < last,
             )
             for i in range(last + 1)
         ]

@@ -1,41 +1,87 @@
-"""The functions of a batch as compiled programs."""
+"""The functions of a batch as compiled programs, for one model on the devices of one placement."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
 
 from sdjax.config import ModelConfig
-from sdjax.devices.placement import Placement, Program, spread
-from sdjax.pipeline.functions import Batch, begin, condition, develop, paint, paint_row, time_tables
+from sdjax.devices.placement import Placement, Program, jitted, parallelize
+from sdjax.diffusion import sample as loop
+from sdjax.diffusion.sample import State
+from sdjax.diffusion.samplers import Carry
+from sdjax.image import to_uint8
+from sdjax.pipeline import functions
+from sdjax.types import Array, Params
 
 
 class Programs(NamedTuple):
-    """The functions above by name, compiled for one model and placement; parameters are still arguments."""
+    """The six programs that make pictures. Parameters are arguments, so that another checkpoint compiles nothing.
 
-    condition: Callable[[int | None], Program]  # of clip_skip
-    time_rows: Program
-    begin: Program
-    paint: Program
-    paint_row: Program
-    develop: Program
+    encode: (params, pictures f32[1, H, W, 3]) -> latents, a picture at a time.
+    condition: clip_skip -> (params, ids, rows, known, mask, concat) -> `Conditioning`.
+    initial_latents: (key, noise, drawn, sigma, pure, known, mask) -> carry.
+    sample: (params, state, ticks i32[]) -> (carry, index), what has changed of the state.
+    admit: (state, fresh, places) -> state, with the pictures of `fresh` in some places.
+    decode: (params, latents) -> pictures f32[b, H, W, 3].
+    """
+
+    encode: Program
+    condition: Callable[[int | None], Program]
+    initial_latents: Program
+    sample: Program
+    admit: Program
+    decode: Program
+
+
+def sample(params: Params, state: State, ticks: Array, *, config: ModelConfig) -> tuple[Carry, Array]:
+    """`functions.sample`, and of the state what has changed: the rest need not be copied."""
+    after = functions.sample(params, state, ticks, config=config)
+    return after.carry, after.index
 
 
 @lru_cache(maxsize=64)
 def programs(config: ModelConfig, placement: Placement) -> Programs:
-    """The programs of a model; None marks what all pictures share, a number the axis that they lie along."""
-    batch = Batch(kv=1, known=0, mask=0, concat=0)
+    """The programs of a model on a placement; each is compiled when it is first called with arguments of a shape."""
+
+    def of_params(parts: tuple[str, ...], function: Callable[..., Any], per_picture: Sequence[bool]) -> Program:
+        program = parallelize(partial(function, config=config), (False, *per_picture), placement)
+        return _taking(parts, program)
 
     @lru_cache
-    def conditions(skip: int | None) -> Program:
-        return spread(partial(condition, config=config, skip=skip), (None, None, 1), 1, placement)
+    def condition(skip: int | None) -> Program:
+        return of_params(("text", "unet"), partial(functions.condition, skip=skip), [True] * 5)
 
     return Programs(
-        condition=conditions,
-        time_rows=spread(partial(time_tables, config=config), (None, 1), 1, placement),
-        begin=spread(begin, (0,) * 7, 0, placement),
-        paint=spread(partial(paint, config=config), (None, batch, 1, 0, 0, 0), 0, placement),
-        paint_row=spread(partial(paint_row, config=config), (None, batch, 0, 0, 0, None), 0, placement),
-        develop=spread(partial(develop, config=config), (None, 0), 0, placement),
+        encode=_taking(("vae",), jitted(partial(functions.encode, config=config), placement)),
+        condition=condition,
+        initial_latents=parallelize(functions.initial_latents, [True] * 7, placement),
+        sample=of_params(("unet",), sample, [True, False]),
+        admit=parallelize(loop.admit, [True] * 3, dataclasses.replace(placement, batch_invariant=False)),
+        decode=of_params(("vae",), functions.decode, [True]),
     )
+
+
+def _taking(parts: Sequence[str], program: Program) -> Program:
+    """The program, called with all parameters and given those parts of them that it uses."""
+
+    def of(params: Params) -> Params:
+        return {part: params[part] for part in parts}
+
+    def call(params: Params, *arguments: Any) -> Any:
+        return program(of(params), *arguments)
+
+    call.lower = lambda params, *arguments: program.lower(of(params), *arguments)  # type: ignore[attr-defined]
+    call.program = program.program  # type: ignore[attr-defined]
+    return cast(Program, call)
+
+
+@jax.jit
+def to_bytes(pictures: Array) -> tuple[Array, Array]:
+    """Pictures f32[b, H, W, 3] -> u8[b, H, W, 3], and whether each is finite, bool[b]."""
+    return to_uint8(pictures), jnp.isfinite(pictures).all((1, 2, 3))

@@ -14,75 +14,63 @@ import json
 import typing
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image, PngImagePlugin
 
 from sdjax.config import SamplingConfig
 from sdjax.devices.platform import environment
-from sdjax.request import SAMPLING, Request, filled_in
+from sdjax.request import SAMPLER_NAMES, TASKS, Request, Setting, settings, with_defaults
 from sdjax.storage.files import new_file
 
 KEY = "sdjax"
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """Kinds of picture files by their ending."""
 
-TASKS = ("txt2img", "img2img", "inpaint")
 QUALITY = 95  # of WebP and JPEG
 EXIF_FOLDER, DESCRIPTION, COMMENT = 0x8769, 0x010E, 0x9286
 COMMENT_CODE = b"UNICODE\0"  # EXIF 2.3, section 4.6.5: the code of the text that follows
-OTHER_TOOLS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "lms": "LMS",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_sde": "DPM++ SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-"""Sampler names as other tools spell them."""
-
-
 ADDED = ("conversion", "environment")
 """Entries that recipes of earlier versions lack."""
 
+UNSHOWN = ("image", "mask", "id")
+"""Settings of a request that are not in a recipe as they are."""
 
-@dataclass(frozen=True)
-class Recipe:
-    """What made one picture. Fields are the command line's options; image and mask are [path, sha256] or None."""
+KINDS = {"text": str, "int": int, "float": float, "fractions": tuple[float, float], "noise": str}
+"""The types of a recipe's entries, by the kind of the setting."""
 
-    task: str  # one of TASKS
-    prompt: str
-    negative_prompt: str
-    model: str  # as it was given; "" is the model that comes without --model
-    seed: int
-    steps: int
-    guidance: float
-    guidance_rescale: float
-    guidance_interval: tuple[float, float]
-    sampler: str
-    spacing: str
-    eta: float | None
-    clip_skip: int | None
-    width: int
-    height: int
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeBase:
+    """What made one picture: every setting of its request by name (`recipe_class`), and
+
+    task: one of `TASKS`.
+    model: as it was given; "" is the model in the box.
+    dtype: of the parameters.
+    image, mask: (path, sha256) of what was given, or None.
+    conversion: how a foreign model's file was read (`sdjax.load`).
+    environment: what was set around the process that changes numbers.
+    version: of sdjax.
+    """
+
+    task: str
+    model: str
     dtype: str
-    strength: float | None
-    noise: str
     image: tuple[str, str] | None
     mask: tuple[str, str] | None
-    conversion: dict[str, Any] = dataclasses.field(default_factory=dict)  # how a foreign model's file was read
-    environment: dict[str, str] = dataclasses.field(default_factory=environment)  # what was set that changes numbers
+    conversion: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=environment)
     version: str = dataclasses.field(default_factory=lambda: version("sdjax"))
+
+    if TYPE_CHECKING:
+        settings: ClassVar[dict[str, Setting]]
+
+        def __init__(self, **entries: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def to_json(self) -> str:
         text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)
@@ -91,26 +79,31 @@ class Recipe:
         return text
 
     @staticmethod
-    def from_json(text: str) -> Recipe:
-        """The inverse of `to_json`. Raises ValueError if it is none."""
+    def from_json(text: str, kind: type[Request] = Request) -> RecipeBase:
+        """The inverse of `to_json`. kind: the class of requests that the recipe is of.
+
+        Raises:
+            ValueError: it is none.
+        """
+        made = recipe_class(kind)  # type: ignore[arg-type]
         try:
             data: dict[str, Any] = json.loads(text)
-            names = {field.name for field in dataclasses.fields(Recipe)}
-            if not isinstance(data, dict) or not names - {*ADDED} <= set(data):
+            kinds = typing.get_type_hints(made)
+            if not isinstance(data, dict) or not set(kinds) - {*ADDED} <= set(data):
                 raise ValueError("the entries are not those of a recipe")
-            if unknown := sorted(set(data) - names):
-                made = f"it was made by sdjax {data['version']!s:.20}; update yours"
-                raise ValueError(f"{unknown[0]!r:.60} is no entry that is known ({made})")
+            if unknown := sorted(set(data) - set(kinds)):
+                by = f"it was made by sdjax {data['version']!s:.20}; update yours"
+                raise ValueError(f"{unknown[0]!r:.60} is no entry that is known ({by})")
             for name in ADDED:
                 data.setdefault(name, {})
-            for name, kind in KINDS.items():
-                if not _fits(kind, data[name]):
+            for name, expected in kinds.items():
+                if not _fits(expected, data[name]):
                     raise ValueError(f"{name} cannot be {data[name]!r:.60}")
-            for name, known in (("task", TASKS), ("sampler", OTHER_TOOLS)):
+            for name, known in (("task", TASKS), ("sampler", tuple(SAMPLER_NAMES))):
                 if data[name] not in known:
                     raise ValueError(f"{data[name]!r:.60} is no {name}; there are {', '.join(known)}")
             lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
-            return Recipe(**(data | lists))
+            return made(**(data | lists))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the recipe is damaged ({error})") from None
 
@@ -119,26 +112,45 @@ class Recipe:
         lines = [self.prompt]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
-        settings: dict[str, Any] = {
-            "Steps": self.steps,
-            "Sampler": OTHER_TOOLS[self.sampler],
-            "Schedule type": self.spacing.capitalize(),
-            "CFG scale": self.guidance,
-            "Seed": self.seed,
-            "Size": f"{self.width}x{self.height}",
-            "Model": Path(self.model).name or "built-in",
-        }
-        if self.strength is not None:
-            settings["Denoising strength"] = self.strength
-        if self.clip_skip is not None:
-            settings["Clip skip"] = self.clip_skip + 1
-        settings["Version"] = f"sdjax {self.version}"
-        lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+        said: dict[str, Any] = {}
+        for name, known in self.settings.items():
+            value = getattr(self, name)
+            if known.label is not None and value is not None:
+                said[known.label] = known.shown(value)
+        said = {label: said.pop(label) for label in LABELS if label in said} | said
+        said |= {"Size": f"{self.width}x{self.height}", "Model": Path(self.model).name or "built-in"}
+        said["Version"] = f"sdjax {self.version}"
+        lines.append(", ".join(f"{name}: {value}" for name, value in said.items()))
         return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
-KINDS = typing.get_type_hints(Recipe)
-"""The type of each field."""
+LABELS = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed")
+"""What other tools expect first, in this order."""
+
+
+@lru_cache
+def recipe_class(kind: type[Request]) -> type[RecipeBase]:
+    """A recipe with an entry for every setting of a class of requests."""
+    known = {name: each for name, each in settings(kind).items() if name not in UNSHOWN}
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    resolved = with_defaults(Request(""), SamplingConfig())
+    may_lack = [name for name in known if defaults[name] is None and getattr(resolved, name, None) is None]
+    may_lack = [*(name for name in may_lack if name not in ("width", "height")), "strength"]
+    fields: list[Any] = []
+    for name, each in known.items():
+        entry: Any = KINDS[each.kind]
+        fields.append((name, entry | None if name in may_lack else entry))
+    made: Any = dataclasses.make_dataclass(
+        "Recipe", fields, bases=(RecipeBase,), frozen=True, kw_only=True, namespace={"settings": known}
+    )
+    return made
+
+
+if TYPE_CHECKING:
+    Recipe = RecipeBase
+else:
+    Recipe = recipe_class(Request)
+    """The recipe of a `Request`."""
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -155,13 +167,9 @@ def _fits(kind: Any, value: Any) -> bool:
     return type(value) is kind
 
 
-IN_REQUEST = ("prompt", "negative_prompt", "seed", "noise", "clip_skip", *(set(SAMPLING) - {"strength"}))
-"""Fields of a request that stand in a recipe as they are."""
-
-
 def recipe_of(
     request: Request,
-    own: SamplingConfig,
+    defaults: SamplingConfig,
     picture: Image.Image,
     *,
     model: str,
@@ -170,22 +178,17 @@ def recipe_of(
     mask: tuple[str, str] | None = None,
     conversion: dict[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe of a request's picture. own: the model's defaults; image, mask: path and sha256 of what was given;
-    conversion: how the model's file was read (`sdjax.load`).
+    """The recipe of a request's picture.
+
+    defaults: the model's own settings. image, mask: path and sha256 of what was given. The rest: see `Recipe`.
     """
-    full = filled_in(request, own)
-    return Recipe(
-        task="txt2img" if image is None else "img2img" if mask is None else "inpaint",
-        model=model,
-        width=picture.width,
-        height=picture.height,
-        dtype=dtype,
-        image=image,
-        mask=mask,
-        conversion=conversion or {},
-        strength=None if image is None else full.strength,
-        **{name: getattr(full, name) for name in IN_REQUEST},
-    )
+    resolved = with_defaults(request, defaults)
+    made = recipe_class(type(request))  # type: ignore[arg-type]
+    values = {name: getattr(resolved, name) for name in made.settings}
+    values |= dict(width=picture.width, height=picture.height)
+    values["strength"] = None if image is None else resolved.strength
+    task = "txt2img" if image is None else "img2img" if mask is None else "inpaint"
+    return made(task=task, model=model, dtype=dtype, image=image, mask=mask, conversion=conversion or {}, **values)
 
 
 def file_hash(path: str | Path) -> str:
@@ -240,7 +243,7 @@ def has_recipe(path: Path) -> bool:
         return False
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(path: str | Path, kind: type[Request] = Request) -> Recipe:
     """The recipe of a picture, or in a .json as shards have it next to each picture.
 
     Raises:
@@ -254,7 +257,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if KEY not in texts:
         raise ValueError(f"{path}: no recipe of sdjax in this picture; it was made, or saved again, by something else")
     try:
-        return Recipe.from_json(texts[KEY])
+        return Recipe.from_json(texts[KEY], kind)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

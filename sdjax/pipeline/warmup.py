@@ -6,21 +6,19 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import ModelConfig
-from sdjax.devices.compilation import Lower, compilations, meanwhile
+from sdjax.devices.compilation import Lower, compilations, compile_in_background
 from sdjax.devices.placement import HERE, Placement
 from sdjax.devices.platform import pinned
-from sdjax.diffusion.sample import image_keys
-from sdjax.diffusion.samplers import first_carry
-from sdjax.image import load_image
 from sdjax.models.params import abstract_params, dtype_of
 from sdjax.pipeline import functions
+from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.prepare import prepare
 from sdjax.pipeline.programs import programs
-from sdjax.request import Request, plan, size_of, stacked
+from sdjax.request import Request
 from sdjax.types import Params
 
 
@@ -28,80 +26,75 @@ from sdjax.types import Params
 def programs_for(
     request: Request,
     config: ModelConfig,
-    batch: int,
+    batch_size: int,
     *,
     dtype: str = "float32",
     placement: Placement = HERE,
     shapes: Params | None = None,
 ) -> dict[str, Lower]:
-    """The programs that make pictures of a request's shape, by name; each is traced when it is called. paint is the
-    whole loop, paint_row one step of it, for progress. Those that take longest to compile come first.
+    """The programs that make pictures of a request's shape, by name; each is traced when it is called.
 
-    batch: pictures at once on each device. shapes: of the parameters, if they are known (`checkpoint.metadata`). All is
-    worked out from shapes: there need be no parameters, and the devices of `placement` may be described ones
-    (`jax.experimental.topologies`).
+    Those that take longest to compile come first. All is worked out from shapes: there need be no parameters, and the
+    devices of `placement` may be described ones (`jax.experimental.topologies`).
+
+    batch_size: pictures at once on each device.
+    dtype: of the parameters.
+    shapes: of the parameters, if they are known (`checkpoint.metadata`).
 
     Raises:
         ValueError, FileNotFoundError: as `Pipeline.batch`.
     """
-    width, height = size_of(request, config, None if request.image is None else load_image(request.image).size)
-    total, cell = batch * placement.shares, config.vae.downscale
 
-    def of_part(part: str, known: Params) -> Params:
-        to = dtype_of(part, dtype)
-        return jax.tree.map(lambda leaf: _struct(leaf.shape, to, placement.sharding(leaf)), known)
+    def struct(part: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype_of(part, dtype), sharding=placement.sharding(leaf))
 
-    def bound(tree: Any) -> Any:
-        """What was computed with the parameters stays on their device."""
-        if placement.devices is not None:
-            return tree  # the programs say themselves where their arguments lie
-        return jax.tree.map(lambda leaf: _struct(leaf.shape, leaf.dtype, placement.sharding(leaf)), tree)
+    known = shapes or abstract_params(config)
+    params = {part: jax.tree.map(partial(struct, part), known[part]) for part in known}
+    cell, latent = config.vae.downscale, config.vae.latent_channels
 
+    def no_tokens(texts: list[str]) -> np.ndarray:
+        return np.zeros((len(texts), config.clip.length), np.int32)
+
+    def no_latents(picture: np.ndarray) -> np.ndarray:
+        height, width = picture.shape[1] // cell, picture.shape[2] // cell
+        return np.zeros((1, height, width, latent), np.float32)
+
+    one = prepare(request, config, config.name, tokenize=no_tokens, encode=no_latents, sources={})
+    uniform = placement.model_parallel > 1
+    batch = assemble([one] * batch_size * placement.data_parallel, config, uniform=uniform)
+    condition = partial(jax.eval_shape, partial(functions.condition, config=config, skip=request.clip_skip))
+    state = state_of(
+        batch, initial(partial(jax.eval_shape, functions.initial_latents), batch), conditioned(condition, params, batch)
+    )
     of_model = programs(config, placement)
-    params = {part: of_part(part, known) for part, known in (shapes or abstract_params(config)).items()}
-    text, unet = params["text"], params["unet"]
-    ids = _struct((2, total, config.clip.length), jnp.int32)
-    condition = partial(functions.condition, config=config, skip=request.clip_skip)
-    kv = bound(jax.eval_shape(condition, text, unet, ids))
-    rows, counts = stacked([plan(request, config)] * total)
-    timed = bound(jax.eval_shape(partial(functions.time_tables, config=config), unet, rows))
-    row = jax.tree.map(lambda leaf: _struct(leaf.shape[1:], leaf.dtype, leaf.sharding), timed)
-    keys = jax.eval_shape(lambda: image_keys(range(total)))
-    noise = _struct((total, height // cell, width // cell, config.vae.latent_channels))
-    x = noise if request.image is None else bound(noise)  # like the encoded picture
-    mask = _struct((*x.shape[:3], 1))
-    extra = config.unet.in_channels - config.unet.out_channels
-    concat = _struct((*x.shape[:3], extra))
-    inputs = functions.Batch(kv, x, mask, bound(concat) if extra else concat)
-    each, yes = _struct((total,)), _struct((total,), bool)
-    carry, index = bound(jax.eval_shape(first_carry, x)), _struct((), jnp.int32)
-    return {
-        "paint": partial(of_model.paint.lower, unet, inputs, timed, counts, x, keys),
-        "paint_row": partial(of_model.paint_row.lower, unet, inputs, keys, carry, row, index),
-        "develop": partial(of_model.develop.lower, params["vae"], bound(x)),
-        "condition": partial(of_model.condition(request.clip_skip).lower, text, unet, ids),
-        "begin": partial(of_model.begin.lower, keys, noise, yes, each, x, mask, yes),
-        "time_rows": partial(of_model.time_rows.lower, unet, rows),
+    lowers: dict[str, Lower] = {
+        "sample": partial(of_model.sample.lower, params, state, np.int32(1)),
+        "decode": partial(of_model.decode.lower, params, state.carry.x),
+        "condition": partial(conditioned, of_model.condition(request.clip_skip).lower, params, batch),
+        "initial_latents": partial(initial, of_model.initial_latents.lower, batch),
     }
+    if not uniform:
+        lowers["admit"] = partial(of_model.admit.lower, state, state, batch.calls)
+        lowers["admit_latents"] = partial(of_model.admit.lower, state.carry.x, state.carry.x, batch.calls)
+    if request.image is not None or config.unet.in_channels == 9:
+        width, height = one.source.size
+        picture = jax.ShapeDtypeStruct((1, height, width, config.vae.image_channels), np.float32)
+        lowers["encode"] = partial(of_model.encode.lower, params, picture)
+    return lowers
 
 
-def _struct(shape: tuple[int, ...], dtype: Any = np.float32, sharding: Any = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+def warm_up(pipe: Pipeline, width: int, height: int, batch_size: int) -> dict[str, float]:
+    """Compiles, or reads from the cache, all that pictures of a size need; returns seconds by program.
 
-
-def warm_up(pipe: Pipeline, width: int, height: int, batch: int) -> dict[str, float]:
-    """Compiles, or reads from the cache, all that pictures of a size need, `batch` at a time on each device; seconds by
-    program.
-
-    For the whole loop (`Pipeline.batch`, and calls without progress) and for single steps (calls with progress).
+    batch_size: pictures at once on each device.
     """
-    count, dtype = batch * pipe.placement.shares, jax.tree.leaves(pipe.params["unet"])[0].dtype.name
-    settings: dict[str, Any] = dict(width=width, height=height, steps=1, count=count, batch=batch)
+    dtype = jax.tree.leaves(pipe.params["unet"])[0].dtype.name
+    count = batch_size * pipe.placement.data_parallel
+    requests = [Request("", seed=seed, width=width, height=height, steps=1 + seed % 2) for seed in range(2 * count)]
     with compilations() as seconds:
-        with meanwhile() as start:
-            request = Request("", width=width, height=height)
-            known = dict(dtype=dtype, placement=pipe.placement, shapes=pipe.params)
-            start(programs_for(request, pipe.config, batch, **known).values())
-        pipe.text_to_image("", **settings)
-        pipe.text_to_image("", progress=lambda *_: None, **settings)
+        with compile_in_background() as start:
+            known: dict[str, Any] = dict(dtype=dtype, placement=pipe.placement, shapes=pipe.params)
+            start(programs_for(requests[0], pipe.config, batch_size, **known).values())
+        for _ in pipe.batch(requests, batch_size=batch_size):  # of one step and of two, so that places are taken anew
+            pass
     return seconds

@@ -1,6 +1,6 @@
 """The training loop: batches in, a model out, and everything in between on disk.
 
-    OUT/settings.json   what was asked for; the same command goes on, another one is refused
+    OUT/settings.json   what was asked for; the same command resumes it, another one is refused
     OUT/skipped.jsonl   examples that were left out, and why (`sdjax train --skip-bad`)
     OUT/state/          Orbax checkpoints of the whole `TrainState`, the last two
     OUT/flushed.txt     the newest of them that is on the disk for certain, also after a power cut
@@ -256,7 +256,7 @@ class _Log:
 
 
 def _rows(file: Path) -> Iterator[dict[str, float]]:
-    """The lines of a metrics.jsonl, up to one that a kill or a power cut left in parts."""
+    """The lines of a metrics.jsonl, up to one that a crash or a power cut left in parts."""
     if not file.exists():
         return
     for line in file.read_text("utf-8", "replace").splitlines():

@@ -32,7 +32,7 @@ from sdjax.config import ScheduleConfig
 from sdjax.diffusion.samplers import SAMPLERS, ddim
 from sdjax.diffusion.schedule import noise_schedule
 from sdjax.selftest import noise, relative_error, run_toy, toy_network
-from sdjax.types import Level
+from sdjax.types import NoiseLevel
 
 COMMON = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SCHEDULE = noise_schedule(ScheduleConfig())
@@ -127,7 +127,7 @@ def sigma_reference(name, spacing, steps, monkeypatch, prediction="epsilon"):
     if name in VARIANCE_PRESERVING:
         t = np.asarray(scheduler.timesteps, np.float64)
         assert np.abs(rows.levels.t - t).max() <= 1 + 1e-3  # whole numbers there
-        return sigma, rows._replace(levels=Level(rows.levels.sigma, t)), run_diffusers(scheduler, X_T, monkeypatch)
+        return sigma, rows._replace(levels=NoiseLevel(rows.levels.sigma, t)), run_diffusers(scheduler, X_T, monkeypatch)
     return sigma, rows, run_diffusers(scheduler, prior(sigma), monkeypatch)
 
 

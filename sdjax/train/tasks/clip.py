@@ -39,11 +39,11 @@ def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings
     text_params = model.params["text"]
     if clip.projection is None:
         clip = dataclasses.replace(clip, projection=vision.projection)
-        fresh = initial_params(dataclasses.replace(model.config, clip=clip), settings.seed, ("text",))["text"]
+        fresh = initial_params(dataclasses.replace(model.config, text=(clip,)), settings.seed, ("text",))["text"]
         text_params = {**text_params, **{name: fresh[name] for name in ("projection", "logit_scale")}}
     if clip.projection != vision.projection:
         raise ValueError(f"the text encoder projects to {clip.projection} and the image encoder to {vision.projection}")
-    config = dataclasses.replace(model.config, clip=clip)
+    config = dataclasses.replace(model.config, text=(clip,))
     text, image = TextEncoder(clip), ImageEncoder(vision)
     read = reader(data, vision.image_size, cache)
 

@@ -1,0 +1,90 @@
+"""From settings to rows: how one picture is sampled, worked out on the host in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sdjax.config import ScheduleConfig
+from sdjax.diffusion.samplers import SAMPLERS, Rows, ddim
+from sdjax.diffusion.schedule import noise_schedule, start_step
+from sdjax.types import Guidance
+
+ROW_BOUND = 64
+"""Plans are padded to this number of rows, or the smallest power of two that holds them: one program for all."""
+
+
+class Plan(NamedTuple):
+    """How to sample one picture, on the host.
+
+    rows: the sampler's table with the guidance of every row, float64[s, ...], read-only.
+    calls: the first rows, those that run.
+    sigma: the noise level to start at.
+    """
+
+    rows: Rows
+    calls: int
+    sigma: float
+
+
+@lru_cache(maxsize=256)
+def make_plan(
+    config: ScheduleConfig,
+    *,
+    steps: int,
+    sampler: str,
+    spacing: str,
+    eta: float | None,
+    strength: float,
+    guidance: float,
+    guidance_rescale: float,
+    guidance_interval: tuple[float, float],
+) -> Plan:
+    """The plan for one picture's settings (`Request`), every default in its place."""
+    schedule = noise_schedule(config)
+    sigma = schedule.levels(steps, spacing)
+    low, high = _interval(sigma, guidance_interval)
+    sigma = sigma[start_step(steps, strength) :]
+    chosen = SAMPLERS[sampler] if eta is None else ddim(eta)
+    count = len(chosen.table(sigma).scale) if len(sigma) > 1 else 0
+    rows = chosen.rows(schedule, sigma, row_bound(count))
+    inside = (low < rows.levels.sigma) & (rows.levels.sigma <= high) & (np.arange(len(rows.scale)) < count)
+    scale = np.where(inside, guidance, 1.0)
+    steering = Guidance(scale, np.where(inside, guidance_rescale, 0.0), scale != 1)
+    rows = rows._replace(levels=rows.levels._replace(guidance=steering))
+    jax.tree.map(lambda leaf: leaf.setflags(write=False), rows)  # others will be given the same
+    return Plan(rows, count, float(sigma[0]))
+
+
+def row_bound(count: int) -> int:
+    """The number of rows that a plan of `count` is padded to."""
+    return max(ROW_BOUND, 1 << max(0, count - 1).bit_length())
+
+
+def stack_plans(plans: Sequence[Plan], *, uniform: bool = False) -> tuple[Rows, np.ndarray]:
+    """The plans of a batch as rows f32[b, s, ...], and how many of them run for each picture, i32[b].
+
+    uniform: a row counts as guided for all pictures if it is for one, and all run as many rows as the longest plan.
+    No picture changes by it; devices that hold parts of one product must take the same branches.
+    """
+    rows: Rows = jax.tree.map(lambda *leaves: np.stack(leaves), *(plan.rows for plan in plans))
+    rows = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(np.float32), rows)
+    calls = np.array([plan.calls for plan in plans], np.int32)
+    if uniform:
+        assert rows.levels.guidance is not None
+        used = rows.levels.guidance.used
+        calls[:], used[:] = calls.max(), used.any(axis=0, keepdims=True)
+    return rows, calls
+
+
+def _interval(sigma: np.ndarray, fractions: tuple[float, float]) -> tuple[float, float]:
+    """Fractions of the steps -> the sigmas (low, high] that the guided steps start from."""
+    steps = len(sigma) - 1
+    first, last = (round(fraction * steps) for fraction in fractions)
+    high = np.inf if first == 0 else (sigma[first - 1] + sigma[first]) / 2
+    low = -1.0 if last == steps else (sigma[last - 1] + sigma[last]) / 2 if last > 0 else np.inf
+    return float(low), float(high)
