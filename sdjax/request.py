@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -534,6 +535,7 @@ def requests_for(
     seed = shared.pop("seed", 0)
     if is_int(named.get("seed"), -1, -1):
         seed = random_seed(count)
+        warnings.warn(f"seed -1 stands for a random one, which is {seed}", stacklevel=4)
     check_seeds(seed, count)
     total = len(texts) * count
     if not isinstance(noise, str) and (np.ndim(noise) != 4 or len(noise) != total):

@@ -1,11 +1,8 @@
-"""Four simulated CPU devices for the whole suite, and a small model that every test may share."""
+"""How tests are compiled, and a small model that every test may share."""
 
 import os
+import shutil
 from collections.abc import Iterator
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import jax
 import pytest
@@ -13,6 +10,9 @@ import pytest
 from sdjax.config import TINY, ModelConfig
 from sdjax.models.params import random_params
 from sdjax.types import Params
+from tests import OWNER
+
+QUICK = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,10 +20,16 @@ def pytest_configure(config: pytest.Config) -> None:
     full-size runs.
     """
     if config.getoption("markexpr") == "not full":
-        if jax.__version_info__ < (0, 11):  # later ones have no choice of emitters; these take twice as long to compile
-            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        if jax.__version_info__ < (0, 11) and QUICK not in os.environ["XLA_FLAGS"]:
+            os.environ["XLA_FLAGS"] += f" {QUICK}"  # later ones have no choice of emitters; these take twice as long
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_unconfigure() -> None:
+    """The programs belong to this run alone: another version of a test must not find them."""
+    if os.environ[OWNER] == str(os.getpid()):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,3 +49,12 @@ def tiny() -> ModelConfig:
 def tiny_params(tiny: ModelConfig) -> Params:
     """Random float32 weights of the tiny preset; shared, so do not write into them."""
     return random_params(tiny, seed=0)
+
+
+@pytest.fixture
+def optimised():
+    """Compiled as users do: it is the optimisations that treat another batch in another way."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -52,15 +52,6 @@ def test_pictures_are_those_of_one_device(pipe, alone, placement):
         assert np.abs(own - other).max() <= 1
 
 
-@pytest.fixture
-def optimised():
-    """Compiled as users do: it is the optimisations that treat another batch in another way."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def latents(pipe, requests, placement):
     """float32, before they are made into pictures."""
     of_model, params = programs(MINI, placement), placement.put(pipe.params)

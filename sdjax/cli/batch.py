@@ -54,7 +54,9 @@ def batch(options: argparse.Namespace) -> int:
     begin_work()
     with jobs.at_work(out, share):
         with nullcontext(sys.stdin.buffer) if options.jobs == "-" else open(options.jobs, "rb") as file:
-            keys: dict[str, Any] = dict(skip_bad=options.skip_bad, share=share, check=check, request=options.request)
+            keys: dict[str, Any] = dict(
+                skip_bad=options.skip_bad, share=share, check=check, request_class=options.request
+            )
             rejected = jobs.prepare(file, kind, out, settings, defaults, **keys)
         left_out = [f"line {line.number} left out: {line.reason}" for line in rejected]
         for line in jobs.shown(left_out, NOTES, f", in {out / 'rejected.jsonl'}"):
@@ -62,10 +64,10 @@ def batch(options: argparse.Namespace) -> int:
         for name in dotted:
             note(f"the id {name!r} has a dot; other readers of shards take a name up to its first dot for the key")
         with progress_bars(options.model) as (on_convert, _):
-            like = None if options.dry_run else jobs.first_request(out)
+            like = None if options.dry_run else jobs.first_request(out, options.request)
             pipe = load_model(options, on_convert, placement=placement, like=like, batch_size=options.batch)
         if options.dry_run:
-            print(jobs.described(pipe, out, options.batch, share), end="")
+            print(jobs.described(pipe, out, options.batch, share, options.request), end="")
             return 0
         columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
@@ -81,7 +83,7 @@ def batch(options: argparse.Namespace) -> int:
                 error(f"{name}: {reason}")
 
             keys = dict(model=options.model, dtype=options.dtype, conversion=conversion, batch=options.batch)
-            keys |= dict(suffix=f".{options.format}", shards=options.shards, share=share)
+            keys |= dict(suffix=f".{options.format}", shards=options.shards, share=share, request_class=options.request)
             done = jobs.run(pipe, out, **keys, report=report, progress=progress)
     print(f"{done.made} pictures made, {done.before} were there before, {done.failed} failed")
     if done.failed:

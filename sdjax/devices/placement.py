@@ -227,7 +227,11 @@ def _pmapped(function: Callable[..., Any], per_picture: Sequence[bool], placemen
     program = jax.pmap(function, in_axes=in_axes, devices=placement.devices)
 
     def split(leaf: Any) -> Any:
-        leaf = jnp.asarray(leaf) if np.size(leaf) else np.zeros(leaf.shape, leaf.dtype)
+        if not np.size(leaf):  # comes back from pmap without its sharding
+            return np.zeros((parts, leaf.shape[0] // parts, *leaf.shape[1:]), leaf.dtype)
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.sharding.is_fully_replicated:
+            leaf = jax.device_get(leaf)  # was made where the parameters are, which pmap does not accept
+        leaf = jnp.asarray(leaf)
         return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
 
     def call(*arguments: Any) -> Any:

@@ -76,7 +76,7 @@ def read_lines(
     check: Callable[[Request], object] | None = None,
     *,
     ignores_case: bool = False,
-    request: type[Request] = Request,
+    request_class: type[Request] = Request,
 ) -> Iterator[Line | Rejected]:
     """Every request of a job file, checked as far as it can be without making its picture.
 
@@ -84,17 +84,17 @@ def read_lines(
     defaults: fields for lines that lack them.
     check: raises ValueError for a request that the model cannot make.
     ignores_case: ids that differ in capitals alone are the same.
-    request: the class whose settings a line may have.
+    request_class: what lines are of; its settings are what they may say.
 
     Raises:
         ValueError: nothing of the file can be used.
     """
     names, pictures = _Names(ignores_case), 0
-    for number, text, fields in entries(file, kind, Known.of(request)):  # type: ignore[arg-type]
+    for number, text, fields in entries(file, kind, Known.of(request_class)):  # type: ignore[arg-type]
         try:
             if isinstance(fields, ValueError):
                 raise fields
-            line = _line(number, {**defaults, **fields}, request)
+            line = _line(number, {**defaults, **fields}, request_class)
             if pictures + line.count > JOB_PICTURES:
                 raise ValueError(f"with this line the job has more than {JOB_PICTURES:,} pictures; divide it")
             if check is not None:
@@ -244,28 +244,31 @@ def to_json(line: Line) -> bytes:
     """The line as a job is kept: what is not the default, and the number it had; in UTF-8, its end included."""
     given = {
         field.name: getattr(line.request, field.name)
-        for field in dataclasses.fields(Request)
+        for field in dataclasses.fields(line.request)
         if getattr(line.request, field.name) != field.default
     }
     return json_line({"line": line.number, "id": line.id, "count": line.count, **given})
 
 
-def from_json(text: str | bytes) -> Line:
-    """What `to_json` wrote."""
+def from_json(text: str | bytes, request_class: type[Request] = Request) -> Line:
+    """What `to_json` wrote. request_class: the class of its request."""
     fields = json.loads(text)
     if "guidance_interval" in fields:
         fields["guidance_interval"] = tuple(fields["guidance_interval"])
-    return Line(fields.pop("line"), fields["id"], fields.pop("count"), Request(**fields))
+    return Line(fields.pop("line"), fields["id"], fields.pop("count"), request_class(**fields))
 
 
 class Job(AbstractContextManager["Job"]):
     """The lines of a job by number, none of them in memory.
 
-    sampling: the model's own settings. first: each line's first picture, i64[lines + 1]. order: the lines, those of one
-    shape together; shapes: pictures of each shape.
+    sampling: the model's own settings. request_class: what the lines are of.
+    first: each line's first picture, i64[lines + 1].
+    order: the lines, those of one shape together.
+    shapes: pictures of each shape.
     """
 
-    def __init__(self, path: Path, sampling: SamplingConfig) -> None:
+    def __init__(self, path: Path, sampling: SamplingConfig, request_class: type[Request] = Request) -> None:
+        self.request_class = request_class
         self.file = open(path, "rb")  # noqa: SIM115
         offsets: list[int] = []
         counts: list[int] = []
@@ -273,7 +276,7 @@ class Job(AbstractContextManager["Job"]):
         shape_ids: dict[tuple[Any, ...], int] = {}
         offset = 0
         for text in self.file:
-            line = from_json(text)
+            line = from_json(text, request_class)
             shape = _shape(with_defaults(line.request, sampling))
             offsets.append(offset)
             counts.append(line.count)
@@ -290,7 +293,7 @@ class Job(AbstractContextManager["Job"]):
 
     def line(self, index: int) -> Line:
         self.file.seek(self.offsets[index])
-        return from_json(self.file.readline())
+        return from_json(self.file.readline(), self.request_class)
 
     @property
     def pictures(self) -> int:

@@ -92,7 +92,7 @@ def prepare(
     skip_bad: bool,
     share: Share = ALONE,
     check: Callable[[Request], object] | None = None,
-    request: type[Request] = Request,
+    request_class: type[Request] = Request,
 ) -> list[Rejected]:
     """Reads and checks a whole job file into OUT/jobs.jsonl, and returns the invalid lines.
 
@@ -113,7 +113,7 @@ def prepare(
     try:
         with open(partial, "wb") as file, open(bad, "wb") as bad_file:
             ignores_case = (out / partial.name.upper()).exists()
-            options: dict[str, Any] = dict(ignores_case=ignores_case, request=request)
+            options: dict[str, Any] = dict(ignores_case=ignores_case, request_class=request_class)
             for line in _named(name, read_lines(source, kind, defaults, check, **options)):
                 if isinstance(line, Rejected):
                     bad_file.write(json_line(line._asdict()))
@@ -182,10 +182,10 @@ def _claim(claim: Path, job: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(job))
 
 
-def first_request(out: Path) -> Request:
+def first_request(out: Path, request_class: type[Request] = Request) -> Request:
     """The first request of OUT/jobs.jsonl (`prepare`)."""
     with open(out / "jobs.jsonl", encoding="utf-8") as file:
-        return from_json(file.readline()).request
+        return from_json(file.readline(), request_class).request
 
 
 @contextmanager
@@ -255,6 +255,7 @@ def run(
     suffix: str = ".png",
     shards: bool = False,
     share: Share = ALONE,
+    request_class: type[Request] = Request,
     report: Callable[[str, str], None] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -265,7 +266,7 @@ def run(
     made; the others are made. Pictures are encoded in threads while the device makes the next ones.
     """
     with (
-        Job(out / "jobs.jsonl", pipe.config.sampling) as job,
+        Job(out / "jobs.jsonl", pipe.config.sampling, request_class) as job,
         Manifest(out, share) as manifest,
         open(share.failures(out), "wb", buffering=0) as failures,
         ThreadPoolExecutor() as pool,
@@ -333,9 +334,11 @@ def run(
     return Summary(made, before, failed)
 
 
-def described(pipe: Pipeline, out: Path, batch: int, share: Share = ALONE) -> str:
+def described(
+    pipe: Pipeline, out: Path, batch: int, share: Share = ALONE, request_class: type[Request] = Request
+) -> str:
     """What `run` would do, as lines to print: pictures, batches and programs by shape, estimated memory."""
-    with Job(out / "jobs.jsonl", pipe.config.sampling) as job, Manifest(out, share) as manifest:
+    with Job(out / "jobs.jsonl", pipe.config.sampling, request_class) as job, Manifest(out, share) as manifest:
         lines = [f"{len(job.offsets)} requests, {job.pictures} pictures, {len(manifest.entries)} of them made"]
     own, shares = pipe.config.image_size, pipe.placement.data_parallel
     at_once, each = batch * shares, " on each device" if shares * pipe.placement.model_parallel > 1 else ""
