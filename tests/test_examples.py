@@ -1,5 +1,6 @@
 """Every example runs as its docstring says, on a model small enough for a test."""
 
+import importlib
 import io
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sdjax.models.params import random_params
+from sdjax.pipeline.programs import Programs
 from sdjax.storage import checkpoint
 from sdjax.train.loop import save_model
 from tests.small import SMALL, mini
@@ -19,7 +21,11 @@ from tests.small import SMALL, mini
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PHOTO = Path(__file__).parent / "data" / "astronaut.png"
 SIZES = {"text_to_image": (4 * 32, 32), "pure_functions": (32, 32), "edit_photo": (5 * 40, 32)}
-ELSEWHERE = {"devices"} | {"make_emoji", "train_box", "box_sheets"}  # below, test_make_emoji.py, test_train_box.py
+ELSEWHERE = {"devices", "draw_programs"} | {
+    "make_emoji",
+    "train_box",
+    "box_sheets",
+}  # below, test_make_emoji.py, test_train_box.py
 
 
 def test_every_example_is_tested():
@@ -49,6 +55,18 @@ def test_devices_example_runs_on_every_device(parallel, tmp_path):
     assert result.stdout.startswith("4 x ")  # simulated by conftest.py
     with Image.open(tmp_path / "pictures.png") as image:
         assert image.size == (4 * 12 + 4, 2 * 12 + 4)
+
+
+def test_the_drawing_shows_every_program_with_the_pictures_along_the_first_axis(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    draw_programs = importlib.import_module("draw_programs")
+    rows = draw_programs.steps()
+    assert tuple(name for name, *_ in rows) == Programs._fields
+    said = dict(zip(Programs._fields, rows, strict=True))
+    assert said["encode"][1::2] == ("pictures f32[b, 512, 512, 3]", "latents f32[b, 64, 64, 4]")
+    assert said["decode"][1::2] == ("latents f32[b, 64, 64, 4]", "pictures f32[b, 512, 512, 3]")
+    assert "[b, 2, 77, 8, 40]" in said["condition"][3]
+    assert draw_programs.drawn(rows).width == draw_programs.WIDTH
 
 
 def test_processes_of_the_launch_script_share_a_job(tmp_path):
