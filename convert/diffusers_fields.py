@@ -1,7 +1,7 @@
 """Every entry that diffusers and transformers write into the JSON files of a folder, and what becomes of it.
 
 A table has a row for each argument of the constructors that its file is for (a test compares them, by name and by
-default, with the versions that are installed); the rows of EARLIER and ALWAYS are written by other versions, or beside
+default, with the versions that are installed); the rows of EARLIER and ALWAYS are written by other versions, or next to
 the arguments.
 """
 
@@ -322,4 +322,4 @@ EARLIER: dict[str, Table] = {
         "tensor_format": _harmless("pt", FILES),
     },
 }
-"""What only other versions write, or what is written beside the constructors' arguments."""
+"""What only other versions write, or what is written in addition to the constructors' arguments."""

@@ -8,7 +8,7 @@ write one. Each part of a model comes in two spellings:
     text  "openclip" (transformer.resblocks.0.ln_1.weight)  "diffusers" (encoder.layers.0.layer_norm1.weight)
 
 Exporters have mixed them in every way, so that a file is read by `known_names`: all the names that a tensor may have.
-Names here carry no prefix (`model.diffusion_model.`, ...): where a part lies in a file is found by `convert.detect`.
+Names here carry no prefix (`model.diffusion_model.`, ...): where a part is in a file is found by `convert.detect`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Entry:
     """One tensor of a file and the leaves that it becomes.
 
     layout: "same"; "linear", [out, in] to [in, out]; "conv", OIHW to HWIO; "stacked", three of the former two stacked
-    along their first axis. shape: as written to a file; "linear" may also lie there with two more axes of length 1, or
-    without them.
+        along their first axis.
+    shape: as written to a file; "linear" may also be stored there with two more axes of length 1, or without them.
     """
 
     name: str

@@ -248,7 +248,7 @@ def _prepare(path: Path, asked: Asked, report: Report, stack: ExitStack) -> tupl
 def _open(
     path: Path, asked: Asked, report: Report, stack: ExitStack
 ) -> tuple[ModelConfig | None, dict[Part, Located], list[Source], Path | None]:
-    """What lies at `path`; the configuration is None where only the parts' shapes can tell."""
+    """What is at `path`; the configuration is None where only the parts' shapes can tell."""
     path = hub.snapshot(path)
     if path.is_dir():
         diffusers.check_folder(path)

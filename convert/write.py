@@ -163,5 +163,5 @@ def _array(tensor: Tensor) -> np.ndarray:
     leaves = _leaves(tensor)
     stored = leaves[0].tensor if isinstance(leaves[0], Leaf) else None
     if stored is not None and (stored.entry.layout, stored.entry.leaves) == (entry.layout, entry.leaves):
-        return stored.array().reshape(entry.shape)  # it lies in its file as it is to lie in this one
+        return stored.array().reshape(entry.shape)  # it is stored in its file as it is to be in this one
     return entry.from_leaves([np.asarray(leaf) for leaf in leaves])

@@ -187,7 +187,7 @@ def _files(source: Path) -> list[Path]:
 
 
 def find(model: str | Path) -> Path:
-    """Where a model lies on this machine; downloads it if it is a hub id or short name.
+    """Where a model is on this machine; downloads it if it is a hub id or short name.
 
     Raises:
         FileNotFoundError, ConnectionError: as `load`.

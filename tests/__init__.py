@@ -3,11 +3,13 @@
 It is set before JAX is imported, and inherited by the workers and by processes that tests start.
 """
 
+import gc
 import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+gc.set_threshold(200_000, 20, 100)  # traces are millions of objects that live on; looking for garbage takes a sixth
 OWNER = "SDJAX_TESTS_OWNER"
 if OWNER not in os.environ:  # the run's first process
     os.environ[OWNER] = str(os.getpid())

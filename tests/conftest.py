@@ -14,6 +14,19 @@ from tests import OWNER
 
 QUICK = "--xla_cpu_use_fusion_emitters=false"
 
+LONGEST = (
+    "train_loop",
+    "train_step",
+    "load",
+    "batch",
+    "examples",
+    "sharding",
+    "train_command",
+    "selftest",
+    "compilation",
+)
+"""Tests that take longest, by what their file is called."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Small models take longer to compile than to run: compile quickly, here and in processes that tests start, but for
@@ -24,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ["XLA_FLAGS"] += f" {QUICK}"  # later ones have no choice of emitters; these take twice as long
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker is left alone with one at the end."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_unconfigure() -> None:

@@ -32,8 +32,8 @@ from sdjax.pipeline.recipe import read_recipe
 from sdjax.request import Request
 from sdjax.storage.checkpoint import save
 from sdjax.text.tokenizer import clip_tokenizer
+from tests.job_folders import Full, check_whole
 from tests.small import SMALL
-from tests.test_outputs import Full, check_whole
 
 ONE = dict(steps=2, width=16, height=16)
 LINES = [

@@ -13,7 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from sdjax.config import CLIPVisionConfig
 from sdjax.models.clip import ImageEncoder
-from tests.test_layers import normal
+from tests.arrays import normal
 
 SMALL = CLIPVisionConfig(image_size=24, patch=6, width=32, layers=3, heads=4, mlp_width=48, projection=20)
 IMAGES = np.tanh(normal(0, 3, 24, 24, 3))

@@ -24,12 +24,9 @@ from sdjax.models.layers import (
     attention,
     tile_rows,
 )
+from tests.arrays import equations, largest, normal
 
 HALVES = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # the relative error of rounding once
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def apply(module, params, *inputs):
@@ -54,21 +51,6 @@ def nhwc(x):
 def torch_conv(x, params, stride=1, padding=1):
     weight = torch.from_numpy(params["kernel"].transpose(3, 2, 0, 1).copy())
     return F.conv2d(x, weight, torch.from_numpy(params["bias"]), stride, padding)
-
-
-def equations(jaxpr):
-    """Every equation of a jaxpr and of all those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: isinstance(v, jax.extend.core.ClosedJaxpr)):
-            if isinstance(value, jax.extend.core.ClosedJaxpr):
-                yield from equations(value.jaxpr)
-
-
-def largest(function, *inputs):
-    """The number of elements of the largest array that a function works out; nothing is computed to know it."""
-    traced = jax.make_jaxpr(function)(*inputs)
-    return max(variable.aval.size for equation in equations(traced.jaxpr) for variable in equation.outvars)
 
 
 # Attention

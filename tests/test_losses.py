@@ -28,7 +28,7 @@ from sdjax.train.losses import (
     vae_loss,
     variational_bound,
 )
-from tests.test_layers import normal
+from tests.arrays import normal
 
 CONFIG = ScheduleConfig()
 SCHEDULE = noise_schedule(CONFIG)

@@ -24,7 +24,7 @@ from sdjax.models.params import abstract_params, count_parameters, random_params
 from sdjax.models.unet import Transformer, UNet, timestep_embedding
 from sdjax.models.vae import VAE, Posterior
 from sdjax.storage.checkpoint import LAYOUT
-from tests.test_layers import equations, largest, normal
+from tests.arrays import equations, largest, normal
 
 SMALL = dataclasses.replace(
     TINY,

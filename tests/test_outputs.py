@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import resource
-import tarfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,28 +12,8 @@ import pytest
 
 from sdjax.jobs import outputs
 from sdjax.jobs.processes import Share
+from tests.job_folders import Full, check_whole
 from tests.test_recipe import RECIPE
-
-
-def check_whole(out, count):
-    """Every picture is there exactly once, and is the one that its line in a manifest says."""
-    entries = [json.loads(line) for path in out.glob("manifest*.jsonl") for line in path.read_text().splitlines()]
-    assert sorted(entry["picture"] for entry in entries) == list(range(count))
-    assert len({entry["id"] for entry in entries}) == count
-    files = {}
-    for path in out.iterdir():
-        if path.suffix == ".tar":
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if member.name.endswith(".png"):
-                        assert member.name not in files
-                        files[member.name] = tar.extractfile(member).read()
-        elif path.suffix == ".png":
-            files[path.name] = path.read_bytes()
-    assert len(files) == count
-    for entry in entries:
-        assert hashlib.sha256(files[f"{entry['id']}.png"]).hexdigest() == entry["sha256"]
-    assert not [path.name for path in out.iterdir() if "partial" in path.name]
 
 
 @pytest.mark.parametrize("left", [b'{"picture": 2, "fi', b'{"picture": 2, "file": "c.png"}'])
@@ -59,20 +38,6 @@ def test_a_shard_without_a_line_is_cleared_away_by_the_process_that_looks_after_
     with outputs.Manifest(tmp_path, Share(0, 2)) as manifest:
         outputs.Shards(tmp_path, ".png", manifest)
     assert [path.name for path in tmp_path.glob("shard*")] == [names[1]]
-
-
-class Full:
-    """A file on a disk that is full after half of what is written next."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, data):
-        self.file.write(data[: len(data) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def entry_of(i):

@@ -17,9 +17,8 @@ from sdjax.jobs import run as batch
 from sdjax.models.params import random_params
 from sdjax.pipeline.recipe import encoded
 from sdjax.storage import checkpoint, files
+from tests.job_folders import RECIPE, check_whole
 from tests.small import MINI
-from tests.test_outputs import check_whole
-from tests.test_recipe import RECIPE
 
 PICTURES = 5
 DATA = [encoded(Image.new("RGB", (8, 8), (40 * i, 0, 0)), RECIPE, ".png") for i in range(PICTURES)]

@@ -9,29 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdjax.pipeline.recipe import KEY, Recipe, read_parameters, read_recipe, save_picture
+from tests.job_folders import RECIPE
 
-RECIPE = Recipe(
-    task="inpaint",
-    prompt="a red heart, 日本 😀\nsecond line",
-    negative_prompt="blurry",
-    model="models/sd15.ckpt",
-    seed=7,
-    steps=20,
-    guidance=7.5,
-    guidance_rescale=0.0,
-    guidance_interval=(0.0, 1.0),
-    sampler="dpmpp_2m",
-    spacing="karras",
-    eta=None,
-    clip_skip=1,
-    width=64,
-    height=48,
-    dtype="float32",
-    strength=0.8,
-    noise="jax",
-    image=("photo.jpg", "ab"),
-    mask=("mask.png", "cd"),
-)
 PICTURE = Image.new("RGB", (8, 8), "red")
 
 

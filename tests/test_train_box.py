@@ -12,23 +12,20 @@ import pytest
 import sdjax
 from sdjax.models.clip import ImageEncoder
 from sdjax.storage.checkpoint import read_tensors
-from sdjax.train.settings import Settings
 from tests.small import MINI
-from tests.test_train_loop import VISION, enable_cache, write_pictures
+from tests.trainings import SETTINGS, VISION, write_pictures
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FEW = Settings(steps=4, batch=4, warmup=1, decay=2, save_every=2, sample_every=4)
 
 
 @pytest.fixture
-def examples(monkeypatch, tmp_path_factory):
-    """The two scripts; what they compile is kept for the second time."""
+def examples(monkeypatch):
+    """The two scripts, with small networks."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     train_box = importlib.import_module("train_box")
     monkeypatch.setattr(train_box, "BOX", dataclasses.replace(MINI, name="box"))
     monkeypatch.setattr(train_box, "BOX_VISION", VISION)
-    with enable_cache(tmp_path_factory.mktemp("programs")):
-        yield train_box, importlib.import_module("box_sheets")
+    return train_box, importlib.import_module("box_sheets")
 
 
 def test_all_three_parts_are_trained_into_a_model_that_draws(examples, tmp_path, capsys):
@@ -36,7 +33,7 @@ def test_all_three_parts_are_trained_into_a_model_that_draws(examples, tmp_path,
     (tmp_path / "emoji" / "train").mkdir(parents=True)
     write_pictures(tmp_path / "emoji" / "train")
     (tmp_path / "emoji" / "done").touch()
-    settings = {"vae": FEW, "clip": FEW, "unet": FEW}
+    settings = dict.fromkeys(("vae", "clip", "unet"), SETTINGS)
 
     box = train_box.main(tmp_path, settings)
     before = {file.name: file.read_bytes() for file in box.rglob("*") if file.is_file()}

@@ -1,6 +1,5 @@
 """Training data: every layout gives the same examples, what is broken is named, any place of the order is at hand."""
 
-import csv
 import io
 import json
 import tarfile
@@ -18,50 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdjax.train import cache, dataset, stream
-
-CAPTIONS = {"a.png": "a red square", "b.jpg": "Ein grüner Kreis, groß", "sub/c.webp": "a cat"}
-COLOURS = {"a.png": (250, 10, 10), "b.jpg": (20, 200, 40), "sub/c.webp": (90, 90, 255)}
-
-
-def encoded(name, colour=(10, 20, 30), size=(12, 9), **options):
-    """The bytes of a picture of one colour, in the format of the name."""
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, Image.registered_extensions()[Path(name).suffix], **options)
-    return buffer.getvalue()
-
-
-PICTURES = {name: encoded(name, colour) for name, colour in COLOURS.items()}
-
-
-def write(folder, files):
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            content = content if isinstance(content, bytes) else content.encode()
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
+from tests.datasets import CAPTIONS, PICTURES, PNG, comma_separated, jsonl, write, write_tar
 
 
 def beside(name, suffix):
     return str(Path(name).with_suffix(suffix))
-
-
-def jsonl(rows):
-    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-
-
-def comma_separated(rows, columns=("file_name", "text")):
-    text = io.StringIO()
-    csv.writer(text).writerows([columns, *rows])
-    return text.getvalue()
 
 
 TEXTS = {beside(name, ".txt"): text + "\n" for name, text in CAPTIONS.items()}
@@ -130,7 +90,6 @@ def test_list_of_texts_and_weights_are_read(tmp_path):
     assert dataset.open_dataset(tmp_path).weights.tolist() == [0.25]
 
 
-PNG = PICTURES["a.png"]
 GOOD = {"file_name": "good.png", "text": "good"}
 BROKEN = {  # what is added to one good example: files, the name that is reported, a part of the reason
     "no caption": ({"x.png": PNG}, "x.png", "no caption, x.txt is not there"),

@@ -20,7 +20,7 @@ from sdjax.config import SamplingConfig
 from sdjax.pipeline.recipe import encoded, recipe_of
 from sdjax.request import Request
 from sdjax.train import cache, dataset
-from tests.test_train_data import PNG, comma_separated, jsonl, write, write_tar
+from tests.datasets import PNG, comma_separated, jsonl, write, write_tar
 
 JPEG = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(JPEG, "JPEG")

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import sdjax
 from convert.__main__ import main as convert_main
-from sdjax.config import CLIPVisionConfig
 from sdjax.models.params import random_params
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.storage import checkpoint
@@ -33,44 +31,14 @@ from sdjax.train.tasks.clip import clip_task
 from sdjax.train.tasks.task import Task
 from sdjax.train.tasks.unet import unet_task
 from sdjax.train.tasks.vae import vae_task
-from tests.small import COLOURS, MINI, mini
+from tests.small import MINI, mini
+from tests.trainings import SETTINGS, VISION, write_pictures
 
-VISION = CLIPVisionConfig(image_size=16, patch=8, width=16, layers=1, heads=2, mlp_width=32, projection=16)
-SETTINGS = Settings(
-    steps=24, batch=8, learning_rate=1e-2, warmup=2, decay=8, ema=0.9, save_every=12, sample_every=24, sigma=0.5
-)
 KINDS = ("vae", "clip", "unet")
-
-
-@contextmanager
-def enable_cache(folder):
-    names = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.1}
-    before = {name: getattr(jax.config, name) for name in names}
-    compilation_cache.reset_cache()
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 class Interrupted(Exception):
     pass
-
-
-def write_pictures(folder):
-    """Eight pictures: a disc and a square in each of four colours."""
-    rows = []
-    for colour in COLOURS:
-        for shape in ("disc", "square"):
-            picture = Image.new("RGB", (16, 16), "white")
-            draw = ImageDraw.Draw(picture)
-            (draw.ellipse if shape == "disc" else draw.rectangle)((3, 3, 12, 12), fill=colour)
-            picture.save(folder / f"{colour}-{shape}.png")
-            rows.append({"file_name": f"{colour}-{shape}.png", "text": [f"{colour} {shape}", f"a {colour} {shape}"]})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def run(kind, folder, out, progress=None):
@@ -93,12 +61,11 @@ def assert_equal(found, expected):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """Where compiled programs are kept, for runs that are started again; and a line of metrics every 4 updates."""
-    folder = tmp_path_factory.mktemp("programs")
-    with enable_cache(folder), pytest.MonkeyPatch.context() as patch:
+def often():
+    """A line of metrics every 4 updates."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "LOG_EVERY", 4)
-        yield folder
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +119,12 @@ run("vae", Path(sys.argv[1]), Path(sys.argv[2]), progress)
 """
 
 
-def test_killed_process_started_again_comes_to_the_same_bits(pictures, whole, programs, tmp_path):
+def test_killed_process_started_again_comes_to_the_same_bits(pictures, whole, tmp_path):
     _, model = whole("vae")
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs)}
 
     def process(at):
         command = [sys.executable, "-c", KILLED, str(pictures), str(tmp_path / "run"), str(at)]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True
-        ).returncode
+        return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True).returncode
 
     assert process(17) == -signal.SIGKILL
     assert process(-1) == 0

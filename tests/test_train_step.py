@@ -27,9 +27,8 @@ from sdjax.train.step import (
     scanned,
     state_sharding,
 )
-from tests.small import SMALL
-from tests.test_layers import normal
-from tests.test_train_loop import MINI
+from tests.arrays import normal
+from tests.small import MINI, SMALL
 
 KEY = jax.random.key(3)
 PARAMS = {

@@ -62,11 +62,14 @@ class TensorInfo(NamedTuple):
 class Source:
     """An open file.
 
-    format: "ckpt", "ckpt-legacy" or "safetensors". tensors: in the file's order, names of nested dicts joined by dots.
-    skipped: what is beside the tensors, name -> its type or short value. metadata: __metadata__ of a .safetensors file,
-    global_step of a .ckpt. unusable: tensors that cannot be read, and what is wrong with them, as "has the dtype ...";
-    which is no reason to refuse a file that nobody reads them from. begins: where in the file the numbers begin. files:
-    of what is in several files, which one holds a tensor.
+    format: "ckpt", "ckpt-legacy" or "safetensors".
+    tensors: in the file's order, names of nested dicts joined by dots.
+    skipped: what there is besides the tensors, name -> its type or short value.
+    metadata: __metadata__ of a .safetensors file, global_step of a .ckpt.
+    unusable: tensors that cannot be read, and what is wrong with them, as "has the dtype ..."; the file is refused only
+        if one of them is needed.
+    begins: where in the file the numbers begin.
+    files: of what is in several files, which one holds a tensor.
 
     Use as a context manager. `read` may be called from several threads.
     """

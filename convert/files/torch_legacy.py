@@ -1,7 +1,7 @@
 """Reading .ckpt files of torch before 1.6, which are no zip archives: through torch, if it is installed.
 
 torch's own restricted loader reads them (`weights_only=True`), with a stand-in for the few classes that such files name
-beside the weights. Its versions before 2.10 have known holes and are not used. Our interpreter goes first, for some
+next to the weights. Its versions before 2.10 have known holes and are not used. Our interpreter goes first, for some
 pickles that it refuses would crash torch or fill the memory.
 """
 

@@ -206,7 +206,7 @@ def _open_archive(file: FileIO) -> tuple[dict[str, Record], bytes, bool]:
 
 
 def _problem(view: View | Odd, storages: dict[str, Record], file_size: int) -> str:
-    """What makes a tensor unusable; "" if every number of it lies in its storage."""
+    """What makes a tensor unusable; "" if every number of it is in its storage."""
     if isinstance(view, Odd):
         return f"is {view.kind}, which is not supported"
     storage = view.storage

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 OPCODE_BOUND = 1_000_000  # a tensor takes some 45
 
 INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf"}
-"""Packages whose objects lie beside the weights in real files; any class of theirs becomes a placeholder."""
+"""Packages whose objects are stored next to the weights in real files; any class of theirs becomes a placeholder."""
 
 
 class Global(NamedTuple):
@@ -68,7 +68,7 @@ INERT = {
     Global("typing", "Any"),
     Global("typing", "Union"),
 }
-"""Other objects that lie beside the weights."""
+"""Other objects that are stored next to the weights."""
 
 MARK = object()
 Calls = Mapping[Global, Callable[..., Any]]

@@ -1,4 +1,4 @@
-"""The directory of a zip archive whose records lie uncompressed in the file, as torch writes it.
+"""The directory of a zip archive whose records are stored uncompressed in the file, as torch writes it.
 
 Programs read odd archives in different ways, and so one program's check says nothing about what another one loads. All
 that could be read in two ways is refused here: a directory that is not the very end of the file, two records of one
@@ -29,7 +29,7 @@ HEADER = struct.Struct("<4s2x2H8x2I2H")  # signature, flags, method, packed and 
 
 
 class Record(NamedTuple):
-    """Where a record's bytes lie in the file."""
+    """Where a record's bytes are in the file."""
 
     begin: int
     size: int
@@ -86,7 +86,7 @@ def read_directory(file: FileIO) -> tuple[list[Entry], int]:
 
 
 def locate(file: FileIO, entries: list[Entry], directory: int) -> dict[str, Record]:
-    """Where the records lie, in the order of the file. directory: where the directory begins, behind all records.
+    """Where the records are, in the order of the file. directory: where the directory begins, behind all records.
 
     Raises:
         CheckpointError: a record is compressed or encrypted, its own header says something else, or records overlap.

@@ -47,9 +47,13 @@ NOTE_AFTER = 3.0
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Share:
     """Joins the other processes by `jax.distributed`. Call it before anything else of JAX.
 
-    coordinator: HOST:PORT of process 0; processes: how many there are; process: which one this is. Without them the
-    environment says it, as far as JAX knows it: SLURM, Open MPI, Kubernetes, a TPU pod. A process that died may be
-    started again while the others go on; if it was process 0, the others end, and all are started again.
+    Without arguments the environment says it, as far as JAX knows it: SLURM, Open MPI, Kubernetes, a TPU pod. A process
+    that died may be started again while the others continue; if it was process 0, the others end, and all are started
+    again.
+
+    coordinator: HOST:PORT of process 0.
+    processes: how many there are.
+    process: which one this is, from 0.
 
     Raises:
         ValueError: some of the three are missing or out of range, the environment says nothing, or process 0 cannot be

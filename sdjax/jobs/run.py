@@ -96,13 +96,17 @@ def prepare(
 ) -> list[Rejected]:
     """Reads and checks a whole job file into OUT/jobs.jsonl, and returns the invalid lines.
 
+    source, kind: the job file, and its ending.
     settings: what else the pictures depend on (model, dtype, file format); a folder is for one job and one of these.
-    share: of several processes each does this for itself, and comes to the same file. check: raises ValueError for a
-    request that the model cannot make.
+    defaults: fields for lines that lack them.
+    skip_bad: whether invalid lines are left out, into OUT/rejected.jsonl.
+    share: of several processes each does this for itself, and comes to the same file.
+    check: raises ValueError for a request that the model cannot make.
+    request_class: what the lines are of.
 
     Raises:
-        ValueError: `out` holds another job or other files of these names, or, without `skip_bad`, there are lines that
-        are invalid, or there is nothing else.
+        ValueError: `out` holds another job or other files of these names, no line is valid, or some are not and
+        `skip_bad` is not given.
     """
     partial, bad = (out / f".{name}{share.tag}.jsonl.partial" for name in ("jobs", "rejected"))
     claim = out / "job.json"
@@ -259,11 +263,17 @@ def run(
     report: Callable[[str, str], None] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Makes all pictures of OUT/jobs.jsonl (`prepare`) that are not in OUT/manifest.jsonl, or a share of them, inside
-    `at_work`.
+    """Makes the pictures of OUT/jobs.jsonl (`prepare`) that are not in OUT/manifest.jsonl; call it inside `at_work`.
 
-    model, dtype, conversion: as they shall stand in the recipes. report: called with (id, reason) for what could not be
-    made; the others are made. Pictures are encoded in threads while the device makes the next ones.
+    Pictures are encoded in threads while the device makes the next ones.
+
+    model, dtype, conversion: as they shall stand in the recipes.
+    batch: pictures at once on each device.
+    suffix: of picture files; shards: whether they go into WebDataset shards.
+    share: which part of the job is made.
+    request_class: what the lines are of.
+    report: called with (id, reason) for what could not be made; the others are made.
+    progress: called with (pictures done, pictures in all).
     """
     with (
         Job(out / "jobs.jsonl", pipe.config.sampling, request_class) as job,

@@ -244,7 +244,7 @@ class UNet(nn.Module):
     f[b, h, w, 4].
 
     Any h and w: a size that does not halve evenly is rounded up on the way down and cropped on the
-    way up. `remat`: training keeps only what lies between the blocks, and recomputes the rest for the gradient.
+    way up. `remat`: training keeps only what is between the blocks, and recomputes the rest for the gradient.
     """
 
     config: UNetConfig

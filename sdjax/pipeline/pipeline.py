@@ -196,7 +196,7 @@ class Pipeline:
             if made is None:
                 break
             before = made
-            if progress is not None:  # the batch is done: nothing is under way meanwhile
+            if progress is not None:  # the batch is done: nothing else is under way
                 yield from self._finished(made, fail)
                 before = None
         if failed is not None:

@@ -6,8 +6,8 @@
     model/tokenizer/     vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
     model/seal           says that names and shapes were checked against config.json (`_seal`); may be absent
 
-A checkpoint is written under a temporary name beside its final one and renamed when it is whole. The dtype policy lives
-here too: parameters have one dtype, and the networks compute in the dtype of their parameters (`cast`).
+A checkpoint is written under a temporary name next to its final one and renamed when it is whole. The dtype policy is
+that of `sdjax.models.params`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def save(
 
         context = ocp.Context()
         context.array.saving.use_compression = False
-        context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
+        context.memory.deepcopy_host_arrays = False  # nobody changes them in the meantime
         with context:
             saved = None
             for piece in _pieces(params):

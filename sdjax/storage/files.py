@@ -97,7 +97,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def partial_name(name: str) -> str:
-    """The beginning of a temporary name for a file or folder that will have this name; short enough beside it."""
+    """The beginning of a temporary name for what will have this name; not longer than a file system allows."""
     return f".{os.fsencode(name)[:60].decode('utf-8', 'ignore')}."
 
 

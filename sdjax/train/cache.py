@@ -21,7 +21,7 @@ CHUNK = 64
 def cached(path: str | Path, key: str, make: Callable[[int, int], np.ndarray], count: int) -> np.ndarray:
     """Rows that are computed once and kept on disk: [count, ...], memory-mapped, read only.
 
-    path: a .npy, with a .json beside it that holds `key`. With another key, or without the files, rows are computed
+    path: a .npy, with a .json next to it that holds `key`. With another key, or without the files, rows are computed
     by make(first, last) -> [last - first, ...], at most `CHUNK` at a time, and replace the old ones when all are there.
 
     Raises:

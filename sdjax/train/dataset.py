@@ -1,4 +1,4 @@
-"""Training data: pictures with captions, listed and checked once, and read where they lie.
+"""Training data: pictures with captions, listed and checked once, and read in place.
 
 Nothing is passed over in silence: what is broken or cannot be used is named (`Dataset.skipped`), and files of other
 kinds are counted (`Dataset.passed_over`).
@@ -82,7 +82,7 @@ class Dataset:
 
     @cached_property
     def listing(self) -> str:
-        """sha256 over names, captions, weights and sizes: what a training's data set is known by, wherever it lies."""
+        """sha256 over names, captions, weights and sizes: what a training's data set is known by, wherever it is."""
         rows = [[example.name, example.captions, example.weight, example.size] for example in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -160,7 +160,7 @@ def open_dataset(
     """Lists and checks a data set; nothing is unpacked or copied.
 
     path, one of:
-      - a folder of .png .jpg .jpeg .webp, searched recursively, with a .txt of the same stem beside each; a picture by
+      - a folder of .png .jpg .jpeg .webp, searched recursively, with a .txt of the same stem next to each; a picture by
         sdjax without one brings its own prompt;
       - a folder with metadata.jsonl, an object a line: file_name, text (a string, or a list of which one is drawn each
         time), weight (optional); or metadata.csv with these columns. Other pictures of the folder are not used;
@@ -264,7 +264,7 @@ def _list(root: Path, captions: bool, found: _Found) -> list[Example]:
 
 def _walk(root: Path, found: _Found) -> Iterator[str]:
     """Files below a folder, links followed, by their paths in it; dead links and what is no file are skipped."""
-    starts, visited = [os.fspath(root)], set[str]()  # links to folders after all that lies below the folder itself
+    starts, visited = [os.fspath(root)], set[str]()  # links to folders after all that is below the folder itself
     names: list[Path] = []
 
     def unreadable(error: OSError) -> None:
@@ -304,7 +304,7 @@ def _skips_layout(name: str, found: _Found) -> bool:
 
 
 def _loose(folder: Path, files: list[str], captions: bool, found: _Found) -> Iterator[Example]:
-    """Pictures with a .txt beside each."""
+    """Pictures with a .txt next to each."""
     stems = {Path(name).with_suffix(""): name for name in files if Path(name).suffix.lower() == ".txt"}
     texts = {name for name in stems.values() if not _is_hidden(name)}
     unused = set(texts)

@@ -8,7 +8,7 @@
     OUT/metrics.jsonl   a line every `LOG_EVERY` updates; OUT/loss.png draws it
     OUT/samples/        a sheet every `sample_every` updates
     OUT/model/          at the end: our checkpoint with the averaged parameters, for `sdjax.load`
-    OUT/beside.safetensors   at the end: what was learnt beside the model (CLIP: the image encoder)
+    OUT/beside.safetensors   at the end: what was learnt in addition to the model (CLIP: the image encoder)
 
 Update n depends on the state before it and on n alone: batches and random keys are made from n. So a run that was
 killed and started again gives bit for bit the parameters of one that was not.
@@ -76,7 +76,7 @@ def train(
     """Runs a training to its end, from where an earlier run in `out` stopped, and returns the model.
 
     note: what else must be the same for a run to go on (data, starting model); kept in settings.json. If the task's
-    cache is to lie in `out`, call `claim` with the same arguments before making the task. Uses every local device:
+    cache is to be in `out`, call `claim` with the same arguments before making the task. Uses every local device:
     batches are split over them, with `settings.shard` the state, too.
 
     Raises:

@@ -1,6 +1,6 @@
 """One training step: a pure function from a state and a batch to the next state.
 
-Everything that training needs to go on lies in `TrainState`; randomness is `fold_in(key, step)`, so that a state and a
+Everything that a training needs to resume is in `TrainState`; randomness is `fold_in(key, step)`, so that a state and a
 batch always give the same next state, whether the run was interrupted in between or not. Parameters and optimiser are
 float32 masters; the loss may compute in bfloat16. Over devices it is the same function: shard the batch and the state
 (`state_sharding`, `batch_sharding`), and jit does the rest.
@@ -148,7 +148,8 @@ def scanned(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable[..., tu
 
 
 def state_sharding(state: Any, mesh: Mesh, *, shard_params: bool = False, axis: str = "data") -> Any:
-    """Where each leaf of a state (or of its shapes) lies: on every device, or, with `shard_params`, split over `axis`.
+    """Where each leaf of a state (or of its shapes) is stored: on every device, or, with `shard_params`, divided over
+    `axis`.
 
     Split is the longest axis of a leaf that the number of devices divides; a leaf without one is replicated (fully
     sharded data parallelism: Rajbhandari et al. 2020, ZeRO stage 3).
@@ -172,7 +173,7 @@ def batch_sharding(mesh: Mesh, *, scanned: bool = False, axis: str = "data") -> 
 
 
 def jit_step(step: Callable[..., tuple[TrainState, Metrics]], sharding: Any = None) -> Any:
-    """`step` compiled, its state donated and, with `sharding` from `state_sharding`, kept where it lies."""
+    """`step` compiled, its state donated and, with `sharding` from `state_sharding`, kept where it is."""
     placed = None if sharding is None else (sharding, None)
     options = UPDATE_OPTIONS if jax.default_backend() == "cpu" else None
     return jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=options)

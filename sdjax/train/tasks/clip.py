@@ -27,7 +27,7 @@ from sdjax.types import Array, Params
 
 @pinned
 def clip_task(model: Pipeline, vision: CLIPVisionConfig, data: Dataset, settings: Settings, cache: Path) -> Task:
-    """The text encoder by contrast with pictures (Radford et al. 2021), an image encoder of `vision` beside it.
+    """The text encoder by contrast with pictures (Radford et al. 2021), together with an image encoder of `vision`.
 
     The parameters are {"text", "image"}; `finish` keeps the text encoder alone. A model whose text encoder has no
     projection and temperature gets them.

@@ -2,7 +2,7 @@
 
 A `Task` is all that the loop needs to know of a training. `vae_task`, `clip_task` and `unet_task` make one from a
 model, a data set and settings. What does not change during a training is computed once: for the UNet the moments of
-every picture's latents and the text states of every caption lie in memory-mapped files.
+every picture's latents and the text states of every caption are stored in memory-mapped files.
 """
 
 from __future__ import annotations
