@@ -7,11 +7,7 @@ pipe.text_to_image("red heart", seed=1)[0].save("heart.png")
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.metadata
 import sys
-import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +81,9 @@ class _Package(ModuleType):
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("sdjax")
+        from importlib.metadata import version
+
+        return version("sdjax")
     if name not in HOMES:
         raise AttributeError(f"module 'sdjax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sdjax.{HOMES[name]}"), name)
@@ -95,13 +93,22 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *HOMES])
 
 
-class _EarlierNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports a module of `MOVED` as one that passes every name on from its new home."""
+class _EarlierNames:
+    """Imports a module of `MOVED` as one that passes every name on from its new home (a finder and loader, PEP 451)."""
 
-    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+    def find_spec(self, name: str, *_: Any) -> Any:
+        if name not in MOVED:
+            return None
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(name, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: Any) -> None:
+        """As usual."""
 
     def exec_module(self, module: ModuleType) -> None:
+        import warnings
+
         earlier, homes = module.__name__, [f"sdjax.{home}" for home in MOVED[module.__name__]]
         warnings.warn(f"{earlier} has moved to {' and '.join(homes)}", DeprecationWarning, stacklevel=2)
 
@@ -115,4 +122,4 @@ class _EarlierNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.modules[__name__].__class__ = _Package
-sys.meta_path.append(_EarlierNames())
+sys.meta_path.append(_EarlierNames())  # type: ignore[arg-type]
