@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax.diffusion.plan import calls_of
+from sdjax.diffusion.samplers import SAMPLERS as ALL_SAMPLERS
 from sdjax.pipeline.batching import Batches, Waiting
-from sdjax.request import Request
+from sdjax.request import Request, plan
 from tests.small import mini
 
 SIZE = dict(width=8, height=8)
@@ -125,6 +127,14 @@ def test_progress_of_all_tasks_runs_the_same_programs():
     mini().image_to_image("red disc", PHOTO, steps=3, progress=lambda *_: None)
     mini().inpaint("red disc", PHOTO, Image.new("L", (8, 8), 255), steps=2)
     assert program._cache_size() == before
+
+
+@pytest.mark.parametrize("name", ALL_SAMPLERS)
+def test_the_calls_of_a_sampler_are_known_without_its_plan(name):
+    """So that a job knows which of its lines can share a batch."""
+    for steps in (1, 2, 10, 33):
+        planned = plan(Request("", sampler=name, steps=steps), mini().config)
+        assert calls_of(name, steps) == planned.calls
 
 
 # Waiting

@@ -65,6 +65,12 @@ def row_bound(count: int) -> int:
     return max(ROW_BOUND, 1 << max(0, count - 1).bit_length())
 
 
+@lru_cache(maxsize=4096)
+def calls_of(sampler: str, steps: int) -> int:
+    """The calls of the network that a sampler needs for so many steps from noise to a picture."""
+    return len(SAMPLERS[sampler].table(np.append(np.linspace(2, 1, steps), 0.0)).scale)
+
+
 def stack_plans(plans: Sequence[Plan], *, uniform: bool = False) -> tuple[Rows, np.ndarray]:
     """The plans of a batch as rows f32[b, s, ...], and how many of them run for each picture, i32[b].
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax.config import SamplingConfig
-from sdjax.diffusion.plan import row_bound
+from sdjax.diffusion.plan import calls_of, row_bound
 from sdjax.image import LARGEST_SIDE
 from sdjax.jobs.forms import Known, entries
 from sdjax.jobs.processes import Share
@@ -310,7 +310,7 @@ class Job(AbstractContextManager["Job"]):
 
 def _shape(request: Request) -> tuple[Any, ...]:
     """What must be equal for requests to share a batch, as far as it shows without the model: size or "unreadable",
-    clip_skip, and the most UNet calls.
+    clip_skip, and the UNet calls, rounded up.
     """
     size: Any = (request.width, request.height)
     if size == (None, None) and request.image is not None:
@@ -320,4 +320,5 @@ def _shape(request: Request) -> tuple[Any, ...]:
         except Exception:  # Pillow raises almost anything on a damaged file
             size = "unreadable"  # named when it is its turn
     assert request.steps is not None
-    return size, request.clip_skip, row_bound(2 * request.steps)
+    assert request.sampler is not None
+    return size, request.clip_skip, row_bound(calls_of(request.sampler, request.steps))
