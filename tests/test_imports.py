@@ -136,3 +136,14 @@ def test_modules_under_their_earlier_names_still_give_what_was_in_them():
         with pytest.raises(AttributeError, match=f"has moved to sdjax.{homes[0]}"):
             module.nothing  # noqa: B018
         assert sys.modules[f"sdjax.{homes[0]}"].__spec__.name == f"sdjax.{homes[0]}"
+
+
+def test_public_names_are_found_where_people_look_for_them():
+    from sdjax.pipeline import Pipeline
+    from sdjax.train.tasks import Task, clip_task, unet_task, vae_task
+
+    assert sdjax.Pipeline is Pipeline
+    assert callable(sdjax.load)
+    assert all(map(callable, (Task, clip_task, unet_task, vae_task)))
+    for name in sdjax.__all__:
+        assert getattr(sdjax, name) is not None

@@ -153,3 +153,15 @@ def test_the_default_device_needs_no_mesh_and_another_is_used(pipe):
     assert pipe.on(DEVICES[:1]).placement == HERE
     other = pipe.on(DEVICES[3:])
     assert {leaf.devices() == {DEVICES[3]} for leaf in jax.tree.leaves(other.params)} == {True}
+
+
+def test_options_under_their_earlier_names_still_work(pipe):
+    four = tuple(DEVICES)
+    assert pipe.on(DEVICES, model=2).placement == Placement(four, model_parallel=2)
+    assert pipe.on(DEVICES, exact=True).placement == Placement(four, batch_invariant=True)
+    with pytest.raises(TypeError, match="on has no option 'axact'"):
+        pipe.on(DEVICES, axact=True)
+    asked = [Request("red disc", steps=1, **SIZE)]
+    assert len(list(pipe.batch(asked, batch=1))) == 1
+    with pytest.raises(TypeError, match="batch has no option 'bach'"):
+        pipe.batch(asked, bach=1)

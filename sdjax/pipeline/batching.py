@@ -163,9 +163,14 @@ class Made(NamedTuple):
 
 @dataclass
 class Batches:
-    """Makes pictures on a model's programs, `size` at a time, `size` / `parts` on each part of the devices.
+    """Makes pictures on a model's programs, many at once.
 
-    together: every batch runs to its end; else a picture that is finished makes room for the next one.
+    size: places for pictures on all devices together.
+    parts: parts that the places are divided into, one for each device (or group of devices that share parameters).
+    uniform: every batch runs to its end, all parts taking the same branches (`stack_plans`).
+    progress: called after every row; every batch then runs to its end. Without these two a picture that is finished
+        makes room for the next one.
+    order: the places in the order in which they are filled, one after the other on each part.
     """
 
     config: ModelConfig
