@@ -56,7 +56,9 @@ SAMPLER_NAMES = {
     "unipc": "UniPC",
     "lcm": "LCM",
 }
-"""Samplers as other tools spell them; a spacing may follow, as in "DPM++ 2M Karras"."""
+"""Samplers as other tools spell them; a spacing may follow, as in "DPM++ 2M Karras". One that is
+not in it goes by our name.
+"""
 
 
 def is_int(value: Any, low: int | None = None, high: int | None = None) -> bool:
@@ -238,7 +240,7 @@ class Request:
         aliases=("sampler_name",),
         similar=("sampling_method", "scheduler", "sampler_index"),
         label="Sampler",
-        shown=lambda value: SAMPLER_NAMES[value],
+        shown=lambda value: SAMPLER_NAMES.get(value, value),
         in_plan=True,
     )
     spacing: str | None = setting(

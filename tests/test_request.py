@@ -160,7 +160,9 @@ def test_seed_minus_one_is_a_random_one_that_is_written_down():
     seeds = {Request("a", seed=-1).seed for _ in range(4)}
     assert len(seeds) == 4
     assert all(0 <= seed < 2**32 for seed in seeds)
-    first, *others = requests_for(["a", "b"], seed=-1, count=2)
+    with pytest.warns(UserWarning, match="seed -1 stands for a random one, which is") as noted:
+        first, *others = requests_for(["a", "b"], seed=-1, count=2)
+    assert str(noted[0].message).endswith(f" {first.seed}")
     assert [request.seed - first.seed for request in others] == [1, 0, 1]
     once, again = (lines('{"prompt": "a", "seed": -1}\n{"prompt": "a", "seed": -1, "count": 3}\n') for _ in range(2))
     assert once == again, "a job that is read again is the same job"

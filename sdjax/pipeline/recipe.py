@@ -23,7 +23,8 @@ from PIL import Image, PngImagePlugin
 
 from sdjax.config import SamplingConfig
 from sdjax.devices.platform import environment
-from sdjax.request import SAMPLER_NAMES, TASKS, Request, Setting, settings, with_defaults
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.request import TASKS, Request, Setting, settings, with_defaults
 from sdjax.storage.files import new_file
 
 KEY = "sdjax"
@@ -99,7 +100,7 @@ class RecipeBase:
             for name, expected in kinds.items():
                 if not _fits(expected, data[name]):
                     raise ValueError(f"{name} cannot be {data[name]!r:.60}")
-            for name, known in (("task", TASKS), ("sampler", tuple(SAMPLER_NAMES))):
+            for name, known in (("task", TASKS), ("sampler", tuple(SAMPLERS))):
                 if data[name] not in known:
                     raise ValueError(f"{data[name]!r:.60} is no {name}; there are {', '.join(known)}")
             lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
