@@ -470,11 +470,6 @@ def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
     return dataclasses.replace(request, **found)
 
 
-def task_of(request: Request) -> str:
-    """The one of `TASKS` that a request is."""
-    return "txt2img" if request.image is None else "img2img" if request.mask is None else "inpaint"
-
-
 def plan(request: Request, config: ModelConfig) -> Plan:
     """The sampler's rows for one picture's settings, read-only."""
     resolved = with_defaults(request, config.sampling)

@@ -1,5 +1,6 @@
 """How tests are compiled, and a small model that every test may share."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,6 +58,13 @@ def no_compile_cache() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdjax.cli.run.keep_programs", lambda: None)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freeze() -> Iterator[None]:
+    """What a module leaves (traces and programs, kept in caches) is not looked through for garbage by the next ones."""
+    yield
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
