@@ -135,6 +135,8 @@ def _documented(kind: Kind) -> Kind:
     @functools.wraps(made)
     def construct(self: Any, *arguments: Any, **named: Any) -> None:
         made(self, *arguments, **ours(named, kind))
+        if is_int(self.seed, -1, -1):
+            object.__setattr__(self, "seed", random_seed())  # as `dataclasses` sets fields of frozen classes
 
     kind.__init__ = construct  # type: ignore[misc]
     lines = [
@@ -374,8 +376,6 @@ def ours(named: Mapping[str, Any], kind: type[Request] | None = None) -> dict[st
         found["sampler"] = sampler
         if spacing is not None and found.get("spacing") is None:
             found["spacing"] = spacing
-    if is_int(found.get("seed"), -1, -1):
-        found["seed"] = random_seed()
     return found
 
 
@@ -530,7 +530,7 @@ def requests_for(
     check_positive(count=count)
     shared = ours(named)
     seed = shared.pop("seed", 0)
-    if is_int(named.get("seed"), -1, -1):
+    if is_int(seed, -1, -1):
         seed = random_seed(count)
         warnings.warn(f"seed -1 stands for a random one, which is {seed}", stacklevel=4)
     check_seeds(seed, count)

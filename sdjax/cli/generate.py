@@ -21,9 +21,9 @@ from sdjax.request import (
     check_request,
     check_seeds,
     check_values,
+    ours,
     parse_size,
     random_seed,
-    sampler_of,
     settings,
 )
 from sdjax.storage.files import refuse_long_names, refuse_unwritable
@@ -185,10 +185,7 @@ def _asked(options: argparse.Namespace) -> Asked:
     given = {name: value for name, value in vars(options).items() if name in values and value is not None}
     if options.size is not None:
         given["width"], given["height"] = parse_size(options.size)
-    if "sampler" in given:
-        given["sampler"], spacing = sampler_of(given["sampler"])
-        if spacing is not None:
-            given.setdefault("spacing", spacing)
+    given = ours(given, kind)
     model, dtype = model if options.model is None else options.model, options.dtype or dtype
     return Asked(values | given, model, dtype, conversion | conversion_of(options))
 
