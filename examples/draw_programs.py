@@ -19,6 +19,8 @@ from sdjax.pipeline import functions
 from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.prepare import prepare
 from sdjax.request import Request
+from sdjax.text.prompt import Words
+from sdjax.text.tokenizer import clip_tokenizer
 
 PICTURES = 5  # a number of pictures that is no other axis; shown as b
 WIDTH, BOX, LEFT, ROW = 1180, 330, 40, 118
@@ -35,9 +37,9 @@ def shape(leaf: Any) -> str:
 def steps() -> list[tuple[str, str, str, str]]:
     """Of every program: its name, what goes in, what it does, what comes out."""
     params, config = abstract_params(SD15), SD15
-    tokens = np.zeros((2, config.clip.length), np.int32)
+    words = Words(clip_tokenizer(), config.clip.length, config.clip.vocab_size)
     latents = np.zeros((1, 64, 64, 4), np.float32)
-    one = prepare(Request("", steps=25), config, "", tokenize=lambda _: tokens, encode=lambda _: latents, sources={})
+    one = prepare(Request("", steps=25), config, "", words=words, encode=lambda _: latents, sources={})
     batch = assemble([one] * PICTURES, config)
     given = conditioned(partial(jax.eval_shape, partial(functions.condition, config=config)), params, batch)
     carry = initial(partial(jax.eval_shape, functions.initial_latents), batch)
@@ -46,7 +48,8 @@ def steps() -> list[tuple[str, str, str, str]]:
     picture = jax.ShapeDtypeStruct((PICTURES, 512, 512, 3), np.float32)
     encoded = jax.eval_shape(partial(functions.encode, config=config), params, picture)
     decoded = jax.eval_shape(partial(functions.decode, config=config), params, after.carry.x)
-    kv, shifts = jax.tree.leaves(given.kv["unet"]), jax.tree.leaves(given.shifts["unet"])
+    conditioning, held = given
+    kv, shifts = jax.tree.leaves(held["unet"]), jax.tree.leaves(conditioning.shifts["unet"])
     rows = f"{state.rows.scale.shape[1]} rows of the sampler's table"
     return [
         (
@@ -57,9 +60,9 @@ def steps() -> list[tuple[str, str, str, str]]:
         ),
         (
             "condition",
-            f"token ids {shape(batch.ids)}, {rows}",
-            "CLIP text encoder, keys and values of every cross-attention, timesteps",
-            f"{len(kv)} keys and values such as {shape(kv[0])}, {len(shifts)} shifts such as {shape(shifts[0])}",
+            f"token ids {shape(batch.prompts.ids)} with weights, {rows}",
+            "CLIP text encoder, weights of the prompt, keys and values, timesteps",
+            f"texts {shape(conditioning.contexts)}, {len(kv)} keys and values such as {shape(kv[0])}, {len(shifts)} shifts such as {shape(shifts[0])}",
         ),
         (
             "initial_latents",

@@ -34,6 +34,8 @@ HINTS = {
     "force": Hint("--force", None, ("sdjax-convert",)),
     "tokenizer": Hint("--tokenizer", "DIR", TRAININGS),
     "preset": Hint("--preset", "sd15", TRAININGS),
+    "lora_dir": Hint("--lora-dir", "DIR", (*PICTURES, "sdjax batch")),
+    "embeddings": Hint("--embeddings", "DIR", (*PICTURES, "sdjax batch")),
     "recipe": Hint("--recipe", "PICTURE", PICTURES),
     "skip_bad": Hint("--skip-bad", None, ("sdjax batch", *TRAININGS)),
 }

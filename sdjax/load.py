@@ -11,7 +11,7 @@ import hashlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import jax
 from sdjax.config import ModelConfig, unusual
 from sdjax.devices.placement import HERE, Placement
 from sdjax.models.params import count_parameters, dtype_of
+from sdjax.pipeline.adapters import Library
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.storage import checkpoint
 from sdjax.storage.cache import cache_folder, digest_of_all
@@ -63,6 +64,8 @@ def load(
     dtype: str = "float32",
     clean: str = "openai",
     placement: Placement = HERE,
+    lora_dir: str | Path | None = None,
+    embeddings: str | Path | Sequence[str | Path] = (),
     progress: Progress | None = None,
     on_config: Callable[[ModelConfig], None] | None = None,
     on_shapes: Callable[[ModelConfig, Params], None] | None = None,
@@ -75,6 +78,8 @@ def load(
     dtype: "float32", "bfloat16" or "float16", of parameters and computation.
     clean: "openai" or "hf", the cleaning of prompts (`sdjax.text.tokenizer`).
     placement: the devices (`Pipeline.on`), to which the parameters are restored.
+    lora_dir: a folder of adapters, which `<lora:NAME:WEIGHT>` in prompts names.
+    embeddings: files of learnt words (textual inversion), or folders of them (`Pipeline.with_embeddings`).
     progress: called with (bytes done, bytes in all) while converting.
     on_config: called with the configuration as soon as it is known, before anything large is read or written; what it
     raises ends the loading.
@@ -88,6 +93,10 @@ def load(
         ConnectionError: the hub could not be reached. TypeError: an option that is not known.
     """
     dtype_of("unet", dtype)  # before anything slow
+    library = library_of(lora_dir)
+    words = [embeddings] if isinstance(embeddings, str | Path) else list(embeddings)
+    if missing := [word for word in words if not Path(word).expanduser().exists()]:
+        raise FileNotFoundError(f"{missing[0]}: no such embedding, file or folder")
     given = _given(conversion)
     path = BOX_FOLDER if model is None else find(model)
     foreign = not checkpoint.is_checkpoint(path)
@@ -110,7 +119,16 @@ def load(
             )
             shutil.rmtree(kept, ignore_errors=True)
             config, params, tokenizer = opened(converted(path, progress=progress, **given))
-    return Pipeline(config, params, tokenizer, config.name if model is None else str(model), placement)
+    name = config.name if model is None else str(model)
+    pipe = Pipeline(config, params, tokenizer, name, placement, library)
+    return pipe.with_embeddings(*words) if words else pipe
+
+
+def library_of(lora_dir: str | Path | None) -> Library:
+    """The adapters in a folder. Raises FileNotFoundError if there is no such folder."""
+    if lora_dir is not None and not Path(lora_dir).expanduser().is_dir():
+        raise FileNotFoundError(f"{lora_dir}: no such folder of adapters")
+    return Library(None if lora_dir is None else Path(lora_dir).expanduser())
 
 
 class _OtherTokenizer(ValueError):

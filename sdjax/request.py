@@ -23,6 +23,8 @@ from sdjax.diffusion.plan import Plan, make_plan
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.image import ImageLike, working_size
+from sdjax.text import prompt as prompts
+from sdjax.text.prompt import WEIGHTINGS
 from sdjax.types import Array
 
 BATCH = 8
@@ -83,10 +85,19 @@ def _is_interval(value: Any) -> bool:
     return pair and value[0] <= value[1]
 
 
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (hasattr(value, "shape") and len(value.shape) == 2)
+
+
+def _are_loras(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(text, str) and text.strip() for text in value)
+
+
 class Setting(NamedTuple):
     """What is known of one field of a `Request`.
 
-    kind: of its values: "text", "int", "float", "fractions" (two numbers), "picture", or "noise".
+    kind: of its values: "text", "texts" (a tuple of them), "int", "float", "fractions" (two numbers), "picture", or
+        "noise".
     expected: completes the sentence "NAME must be ...".
     accepts: whether a value is usable; None always is where it is the default.
     help: what it does, in a few words; usual: what holds when it is left out, for people.
@@ -99,7 +110,7 @@ class Setting(NamedTuple):
     in_plan: whether the sampler's rows depend on it.
     """
 
-    kind: Literal["text", "int", "float", "fractions", "picture", "noise"]
+    kind: Literal["text", "texts", "int", "float", "fractions", "picture", "noise"]
     expected: str
     accepts: Callable[[Any], bool]
     help: str
@@ -156,22 +167,43 @@ class Request:
     "DPM++ 2M Karras" for a sampler with its spacing. A seed of -1 is replaced by a random one.
     """
 
-    prompt: str = setting(
+    prompt: str | np.ndarray = setting(
         kind="text",
-        expected="a string",
-        accepts=lambda value: isinstance(value, str),
-        help="what the picture shows",
+        expected="a string, or an encoded prompt f32[rows, d]",
+        accepts=_is_prompt,
+        help="what the picture shows, weights, schedules and networks included",
         aliases=("positive_prompt",),
         similar=("text", "caption", "positive", "prompts"),
     )
-    negative_prompt: str = setting(
+    negative_prompt: str | np.ndarray = setting(
         "",
         kind="text",
-        expected="a string",
-        accepts=lambda value: isinstance(value, str),
+        expected="a string, or an encoded prompt f32[rows, d]",
+        accepts=_is_prompt,
         help="what the picture is steered away from",
         metavar="TEXT",
         similar=("negative", "negative_prompts", "neg_prompt", "neg", "uc", "unconditional_prompt"),
+    )
+    weighting: str = setting(
+        "a1111",
+        kind="text",
+        expected=f"one of {', '.join(WEIGHTINGS)}",
+        accepts=lambda value: isinstance(value, str) and value in WEIGHTINGS,
+        help=f"whose way of writing prompts: {', '.join(WEIGHTINGS)} (as it is written)",
+        usual=WEIGHTINGS[0],
+        metavar="W",
+        similar=("prompt_weighting", "emphasis", "syntax", "parser"),
+    )
+    loras: tuple[str, ...] = setting(
+        (),
+        kind="texts",
+        expected="FILE[:WEIGHT[:TEXT_WEIGHT]], once or several times",
+        accepts=_are_loras,
+        help="an adapter (LoRA, LyCORIS) and its weight; may be given several times",
+        usual="none",
+        metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
+        aliases=("lora",),
+        similar=("adapters", "adapter", "lycoris", "lora_weights", "networks"),
     )
     seed: int = setting(
         0,
@@ -371,6 +403,10 @@ def ours(named: Mapping[str, Any], kind: type[Request] | None = None) -> dict[st
         if here in found:
             raise TypeError(f"{here} is given twice, once as {name if here != name else 'another name'}")
         found[here] = value
+    if isinstance(found.get("loras"), str):
+        found["loras"] = tuple(text.strip() for text in found["loras"].split(";") if text.strip())
+    elif isinstance(found.get("loras"), list):
+        found["loras"] = tuple(found["loras"])
     if isinstance(found.get("sampler"), str):
         sampler, spacing = sampler_of(found["sampler"])
         found["sampler"] = sampler
@@ -422,9 +458,10 @@ def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -
         value = values.get(name)
         if name in values and not (value is None and defaults[name] is None):
             need(known.accepts(value), name, known.expected, value)
-            if known.kind == "text":
+            if known.kind in ("text", "texts"):
                 expected = "text (half of a character, or bytes that are none, cannot be kept in a recipe)"
-                need(value is None or is_storable(value), name, expected, value)
+                texts: Any = [value] if isinstance(value, str) else value if known.kind == "texts" else []
+                need(all(map(is_storable, texts)), name, expected, value)
     eta, sampler = values.get("eta"), values.get("sampler")
     need(eta is None or sampler in (None, "ddim"), "eta", f"left out for {sampler} (it belongs to ddim)", eta)
 
@@ -453,6 +490,9 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
         raise ValueError(f"clip_skip must lie in [0, {config.clip.layers}), found {request.clip_skip}")
     if request.mask is not None and request.image is None:
         raise ValueError("a mask needs the image that it belongs to")
+    for text in (request.prompt, request.negative_prompt):
+        if isinstance(text, str):
+            prompts.check(text, request.weighting, config.clip.length - 2)
     size_of(request, config, None if request.image is None else (8, 8))  # any picture: what was asked for counts
     return resolved
 
@@ -510,7 +550,7 @@ def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None
 
 
 def requests_for(
-    prompts: str | Sequence[str],
+    prompts: str | np.ndarray | Sequence[str | np.ndarray],
     *,
     count: int = 1,
     noise: str | Array | np.ndarray = "jax",
@@ -524,8 +564,8 @@ def requests_for(
     Raises:
         ValueError, TypeError: a setting that all share is not usable.
     """
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    good = isinstance(texts, Sequence) and len(texts) > 0 and all(isinstance(text, str) for text in texts)
+    texts: Any = [prompts] if _is_prompt(prompts) else prompts
+    good = isinstance(texts, Sequence) and len(texts) > 0 and all(map(_is_prompt, texts))
     need(good, "prompt", "a string, or a list of at least one string", prompts)
     check_positive(count=count)
     shared = ours(named)

@@ -46,15 +46,25 @@ class NoiseLevel(NamedTuple):
 class Conditioning(NamedTuple):
     """All that the networks in the sampling loop see besides x and the noise level, pictures along the first axis.
 
-    kv: {"unet": keys and values of every cross-attention, f[b, 2, l, n, d]}; axis 1: negative prompt, prompt.
+    contexts: f[b, V, l, d], the encoded texts of each picture; keys: i32[b, V], the rows of them that are attended to.
+    texts: i32[b, s, 1 + P], which of them every row of the sampler sees: negative prompt, then parts joined by AND.
+    changed: bool[b, s], where these are others than a row before.
+    strengths: f32[b, P], the weight of each part; parts: i32[b], how many there are.
     shifts: {"unet": the timestep's shift of every residual block at every row of the sampler, f[b, s, c]}.
+    gates: f[b, sections, R], each picture's weight of every rank of the live adapters; R = 0 without.
     known: f[b, h, w, c], scaled latents of a picture to keep parts of.
     mask: f[b, h, w, 1], 0 where `known` is kept (1 everywhere: nothing is kept).
     concat: f[b, h, w, k], channels behind the latent; k = 0 for models without.
     """
 
-    kv: Any
+    contexts: Any
+    keys: Any
+    texts: Any
+    changed: Any
+    strengths: Any
+    parts: Any
     shifts: Any
+    gates: Any
     known: Any
     mask: Any
     concat: Any

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import pytest
 
 from sdjax.config import TINY, ModelConfig
@@ -85,3 +86,30 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def latents(monkeypatch):
+    """latents(pipe, requests, batch_size) -> those of every request by its id."""
+    from sdjax.pipeline.batching import Batches
+
+    found = {}
+    decoded = Batches._decoded
+
+    def kept(self, places, latents):
+        made = decoded(self, places, latents)
+        rows = np.asarray(latents)
+        for place, one in made.requests:
+            assert one.request.id not in found, "made once"
+            found[one.request.id] = rows[place]
+        return made
+
+    monkeypatch.setattr(Batches, "_decoded", kept)
+
+    def of(pipe, requests, batch_size):
+        found.clear()
+        handed_out = [request.id for request, _ in pipe.batch(requests, batch_size=batch_size)]
+        assert sorted(handed_out) == sorted(request.id for request in requests)
+        return dict(found)
+
+    return of

@@ -34,31 +34,6 @@ MIXED += [  # of no step at all, and of few
 ]
 
 
-@pytest.fixture
-def latents(monkeypatch):
-    """latents(pipe, requests, batch_size) -> those of every request by its id."""
-    found = {}
-    decoded = Batches._decoded
-
-    def kept(self, places, latents):
-        made = decoded(self, places, latents)
-        rows = np.asarray(latents)
-        for place, one in made.requests:
-            assert one.request.id not in found, "made once"
-            found[one.request.id] = rows[place]
-        return made
-
-    monkeypatch.setattr(Batches, "_decoded", kept)
-
-    def of(pipe, requests, batch_size):
-        found.clear()
-        handed_out = [request.id for request, _ in pipe.batch(requests, batch_size=batch_size)]
-        assert sorted(handed_out) == sorted(request.id for request in requests)
-        return dict(found)
-
-    return of
-
-
 DEVICES = jax.local_devices()
 PLACES = {
     "one": {},
@@ -96,7 +71,9 @@ def test_a_picture_with_few_steps_does_not_wait_for_one_with_many(monkeypatch):
     """Of 2 places one holds 12 steps; in the other one six pictures of 2 steps are made meanwhile: 12 ticks in all."""
     ticks = []
     sampled = Batches._sampled
-    monkeypatch.setattr(Batches, "_sampled", lambda self, state, n: ticks.append(n) or sampled(self, state, n))
+    monkeypatch.setattr(
+        Batches, "_sampled", lambda self, one, state, n: ticks.append(n) or sampled(self, one, state, n)
+    )
     long = Request("red disc", steps=12, id="long", **SIZE)
     short = [Request("blue disc", seed=i, steps=2, id=str(i), **SIZE) for i in range(6)]
     found = [request.id for request, _ in mini().batch([long, *short], batch_size=2)]

@@ -28,7 +28,7 @@ ROWS = [  # a folder, or a file at the top, imports from rows above its own in t
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 CONVERT_MAY_USE = {"sdjax.config", "sdjax.types", "sdjax.models", "sdjax.storage", "sdjax.text", "sdjax.hints"}
-CONVERT_USERS = {"sdjax.load", "sdjax.cli"}
+CONVERT_USERS = {"sdjax.pipeline", "sdjax.load", "sdjax.cli"}
 ORACLES = ("torch", "transformers", "diffusers")
 
 
@@ -91,7 +91,7 @@ def test_networks_and_diffusion_do_not_know_each_other():
             assert not [name for name in ours(module) if name.startswith("sdjax.models")], module
 
 
-def test_only_loading_and_the_command_line_know_the_converter_and_only_when_they_are_called():
+def test_only_what_opens_files_knows_the_converter_and_only_when_it_is_called():
     found = {
         (place(module), top) for module in LIBRARY for name, top in imports(module) if name.split(".")[0] == "convert"
     }

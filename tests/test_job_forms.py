@@ -116,7 +116,8 @@ BAD_JSON = [
     (b'{"prompt": "a", "clip_stop_at_last_layers": 2}', "(here it is called clip_skip, counted from 0)"),
     (b'{"prompt": "a", "denoising_strength": 0.5}', "strength needs an init_image"),
     (b'{"prompt": "a", "noise": [1, 2]}', "noise must be a string"),
-    (b'{"prompt": "a", "lora": 5}', "unknown field 'lora'; the fields are"),
+    (b'{"prompt": "a", "lora": 5}', "loras must be FILE[:WEIGHT[:TEXT_WEIGHT]], once or several times, found 5"),
+    (b'{"prompt": "a", "hypernetwork": 5}', "unknown field 'hypernetwork'; the fields are"),
 ]
 
 
@@ -155,7 +156,7 @@ def test_tables_of_spreadsheets_are_read(table):
         ("prompt,scale", "unknown column 'scale' (here it is called guidance)"),
         ("prompt,guidance,cfg_scale", "two columns are called guidance"),
         ("prompt,Sampler name", "(here it is called sampler)"),
-        ("prompt,lora", "unknown column 'lora'; the columns may be id, prompt"),
+        ("prompt,hypernetwork", "unknown column 'hypernetwork'; the columns may be id, prompt"),
         ("seed,steps", "the first line must name the columns"),
         ("a red cat", "the first line must name the columns"),
         ("", "the first line must name the columns"),

@@ -180,4 +180,5 @@ def test_recipes_of_earlier_versions_are_read():
     }
     recipe = Recipe.from_json(json.dumps(old))
     assert {name: getattr(recipe, name) for name in old} == old | {"guidance_interval": (0.0, 1.0)}
-    assert recipe == Recipe(**(old | {"guidance_interval": (0.0, 1.0), "environment": {}}))
+    then = {"guidance_interval": (0.0, 1.0), "environment": {}, "weighting": "none"}  # brackets were text
+    assert recipe == Recipe(**(old | then))

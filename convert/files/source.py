@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert.files.unpickle import describe
+from convert.files.unpickle import Parameters, describe
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -65,7 +65,7 @@ class Source:
     format: "ckpt", "ckpt-legacy" or "safetensors".
     tensors: in the file's order, names of nested dicts joined by dots.
     skipped: what there is besides the tensors, name -> its type or short value.
-    metadata: __metadata__ of a .safetensors file, global_step of a .ckpt.
+    metadata: __metadata__ of a .safetensors file, global_step and name of a .ckpt.
     unusable: tensors that cannot be read, and what is wrong with them, as "has the dtype ..."; the file is refused only
         if one of them is needed.
     begins: where in the file the numbers begin.
@@ -142,7 +142,8 @@ def unwrap(
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """The tensors in what a pickle held, by dotted name; what else was there, name -> type or value; and its metadata.
 
-    `state_dict` wrappers, and others of one key, are opened; an empty one inside is left out.
+    `state_dict` wrappers, and others of one key, are opened; an empty one inside is left out. A list of dicts counts as
+    a dict with the keys 0, 1, ...
 
     Raises:
         CheckpointError: no dict, nested too deep, with too many entries or odd names.
@@ -163,6 +164,7 @@ def unwrap(
             if visited > MAX_TENSORS:
                 raise CheckpointError(f"{path}: more than {MAX_TENSORS} entries; this is no checkpoint")
             name = prefix + _key_text(key)
+            value = _plain(value)
             if isinstance(value, dict) and value:
                 if depth == MAX_DEPTH:
                     raise CheckpointError(f"{path}: dicts nested more than {MAX_DEPTH} deep; this is no checkpoint")
@@ -175,16 +177,22 @@ def unwrap(
                 check_name(path, name)
                 tensors[name] = value
 
+    if type(state) is list and state and all(isinstance(item, dict) for item in state):
+        state = {str(place): item for place, item in enumerate(state)}
     for _ in range(MAX_DEPTH):
+        state = _plain(state)
         if not isinstance(state, dict):
             held = f"a single tensor of shape {tuple(state.shape)}" if is_tensor(state) else _what(state)
             raise CheckpointError(f"{path}: holds {held} where a dict of tensors was expected; this is no checkpoint")
         step = state.get("global_step")
         if type(step) is int and abs(step) < 2**63:
             metadata["global_step"] = str(step)
+        title = state.get("name")
+        if isinstance(title, str) and len(title) <= MAX_NAME and title.isprintable():
+            metadata["name"] = title
         inner = state.get("state_dict")
         if inner is None and len(state) == 1:
-            inner = next(iter(state.values()))
+            inner = _plain(next(iter(state.values())))
         if not isinstance(inner, dict) or not inner:
             break
         for key, value in state.items():
@@ -196,6 +204,10 @@ def unwrap(
         held = ", ".join(f"{name} ({what})" for name, what in list(skipped.items())[:3])
         raise CheckpointError(f"{path}: holds no tensors" + (f", but {held}" if held else ""))
     return tensors, skipped, metadata
+
+
+def _plain(value: Any) -> Any:
+    return value.entries if isinstance(value, Parameters) else value
 
 
 def _what(value: Any) -> str:

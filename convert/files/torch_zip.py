@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.files.source import DTYPES, MAX_SHAPE, CheckpointError, Source, TensorInfo, read_at, unwrap
-from convert.files.unpickle import Global, PickleError, load
+from convert.files.unpickle import Global, Parameters, PickleError, load
 from convert.files.zip_records import Record, locate, read_directory
 
 PICKLE_BOUND = 32 * 2**20  # bytes; the largest in an official file has 0.4 MB
@@ -87,7 +87,6 @@ INERT = {
     Global("torch", "Tensor"),
     Global("torch", "device"),
     Global("torch.nn.parameter", "Parameter"),
-    Global("torch.nn.modules.container", "ParameterDict"),
     Global("torch.torch_version", "TorchVersion"),
 }
 """Globals of torch that may be there and do nothing."""
@@ -236,6 +235,8 @@ def _naturals(value: Any) -> tuple[int, ...]:
 
 def storage_of(pid: Any) -> Storage:
     """The persistent id ("storage", type, key, location, number of elements), and more in legacy files."""
+    if isinstance(pid, tuple) and pid[:1] == ("module",) and isinstance(pid[1], Global):
+        raise PickleError(f"holds {pid[1]} as torch before 1.6 wrote it; load it with torch and save it again")
     kind, storage, key, _, numel, *_ = pid
     if kind != "storage" or not isinstance(storage, Global) or not isinstance(key, str):
         raise ValueError("a persistent id that is no storage")
@@ -287,5 +288,6 @@ CALLS: dict[Global, Callable[..., Any]] = {
     Global("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     Global("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
     Global("torch._tensor", "_rebuild_from_type_v2"): _with_attributes,
+    Global("torch.nn.modules.container", "ParameterDict"): lambda *_: Parameters(),
 }
 """All that the pickle may call, and what we do instead."""

@@ -39,6 +39,13 @@ class Placeholder(NamedTuple):
     kind: str
 
 
+@dataclass
+class Parameters:
+    """Stands for a torch.nn.ParameterDict; of the object's state the parameters are kept."""
+
+    entries: dict[str, Any] = field(default_factory=dict)
+
+
 class PickleError(ValueError):
     """A pickle that cannot be read; one line without the file's name."""
 
@@ -178,10 +185,17 @@ class Machine:
         target.extend(items)
 
     def build(self) -> None:
-        """An object's state is left out: OrderedDict's `_metadata`, a parameter's hooks, anything of a placeholder."""
-        self.pop(1)
-        if isinstance(self.stack[-1], Global) or self.stack[-1] is MARK:
+        """An object's state is left out: OrderedDict's `_metadata`, a parameter's hooks, anything of a placeholder.
+
+        A ParameterDict alone keeps of it what it is for.
+        """
+        (state,) = self.pop(1)
+        target = self.stack[-1]
+        if isinstance(target, Global) or target is MARK:
             raise ValueError("a state for something that has none")
+        parameters = state.get("_parameters") if isinstance(state, dict) else None
+        if isinstance(target, Parameters) and isinstance(parameters, dict):
+            target.entries = parameters
 
     def memoize(self, index: int) -> None:
         self.memo[index] = self.stack[-1]

@@ -135,12 +135,12 @@ def loop(pipe: Pipeline, options: argparse.Namespace) -> None:
     config, request = pipe.config, Request("red heart", steps=options.steps, sampler="dpmpp_2m")
     planned = plan(request, config)
     for count in (1, BATCH):
-        batch = assemble([pipe._prepared(request, {})] * count, config)
-        given = conditioned(partial(condition, config=config), pipe.params, batch)
-        bounded = state_of(batch, initial(initial_latents, batch), given)
-        shifts = jax.tree.map(lambda leaf: leaf[:, : planned.calls], given.shifts)
-        needed = jax.tree.map(lambda leaf: leaf[:, : planned.calls], batch.rows)
-        exactly = bounded._replace(rows=needed, given=given._replace(shifts=shifts))
+        batch = assemble([pipe._prepared(request, {}, pipe._adapting(True))] * count, config)
+        given, kv = conditioned(partial(condition, config=config), pipe.params, batch)
+        bounded = state_of(batch, initial(initial_latents, batch), (given, kv))
+        by_row = dict(shifts=given.shifts, texts=given.texts, changed=given.changed)
+        needed, fewer = jax.tree.map(lambda leaf: leaf[:, : planned.calls], (batch.rows, by_row))
+        exactly = bounded._replace(rows=needed, given=given._replace(**fewer))
         bounded_seconds, static_seconds = in_turns(
             options.rounds,
             lambda state=bounded: sample(pipe.params, state, config=config).carry.x,

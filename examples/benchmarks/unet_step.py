@@ -55,7 +55,7 @@ STEP_FLOP = 2 * 803.3e9  # of a guided step of one picture: 401.6 G multiply-add
 
 def one_step(make: MakeDenoiser, params: Params, state: State, level: NoiseLevel) -> jax.Array:
     """x0_hat f32[b, h, w, 4] of the pictures as they are."""
-    return make(params, state.given, state.index)(state.carry.x, level)
+    return make(params, state.given, state.held, state.index)(state.carry.x, level)
 
 
 denoise = jax.jit(one_step, static_argnums=0)
@@ -93,8 +93,22 @@ class Ours:
         kv = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(2, -1, *leaf.shape[1:]), 0, 1), kv)
         shifts = embed_timesteps(params, rows.levels.t, config=SD15)
         mask, concat = jnp.ones_like(known[..., :1]), known[..., :0]
-        given = Conditioning({"unet": kv}, {"unet": shifts}, known, mask, concat)
-        self.state = first_state(rows, calls, jnp.asarray(x), image_keys(range(len(x))), given)
+        b, s = calls.shape[0], rows.scale.shape[1]
+        given = Conditioning(
+            contexts=jnp.swapaxes(context.reshape(2, b, *context.shape[1:]), 0, 1),
+            keys=jnp.full((b, 2), context.shape[1], jnp.int32),
+            texts=jnp.tile(jnp.arange(2, dtype=jnp.int32), (b, s, 1)),
+            changed=jnp.zeros((b, s), bool),
+            strengths=jnp.ones((b, 1)),
+            parts=jnp.ones(b, jnp.int32),
+            shifts={"unet": shifts},
+            gates=jnp.zeros((b, 1, 0)),
+            known=known,
+            mask=mask,
+            concat=concat,
+        )
+        state = first_state(rows, calls, jnp.asarray(x), image_keys(range(len(x))), given)
+        self.state = state._replace(held={"unet": kv})
 
     def step(self) -> jax.Array:
         """x0_hat f32[b, h, w, 4]."""

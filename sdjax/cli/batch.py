@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
+from sdjax.cli.model import conversion_of, folders_of, load_model, placement_of, progress_bars
 from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import console, error, note
 from sdjax.request import Request, check_positive, check_request
@@ -27,7 +27,8 @@ def batch(options: argparse.Namespace) -> int:
     """A job file in, pictures out; exit status 1 if some could not be made."""
     from sdjax.jobs import run as jobs
     from sdjax.jobs.processes import ALONE, initialize
-    from sdjax.load import configuration, identity
+    from sdjax.load import configuration, identity, library_of
+    from sdjax.pipeline.adapters import tags_of
 
     check_positive(batch=options.batch)
     defaults = {name: value for name in options.line_settings if (value := getattr(options, name)) is not None}
@@ -37,6 +38,7 @@ def batch(options: argparse.Namespace) -> int:
     config = configuration(options.model or None, **conversion)
     settings: dict[str, Any] = {"model": options.model, "dtype": options.dtype}
     settings |= {"format": options.format, "shards": options.shards}
+    settings |= folders_of(options)
     settings |= {"conversion": conversion, "content": identity(options.model or None, **conversion)}
     named = (options.coordinator, options.num_processes, options.process_id)
     share = initialize(*named) if options.distributed or named != (None,) * 3 else ALONE
@@ -45,8 +47,12 @@ def batch(options: argparse.Namespace) -> int:
 
     dotted: list[str] = []
 
+    library = library_of(options.lora_dir)
+
     def check(request: Request) -> None:
         check_request(request, config, options.model or config.name)
+        for tag in tags_of(request):
+            library.adapter(tag, config)
         if options.shards and "." in request.id and not dotted:
             dotted.append(request.id)
 

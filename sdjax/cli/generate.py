@@ -34,6 +34,8 @@ NAME_BYTES = 120
 
 def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
+    from sdjax.load import library_of
+    from sdjax.pipeline.adapters import tags_of
     from sdjax.pipeline.prepare import pixels_of
     from sdjax.pipeline.recipe import file_hash, recipe_of, save_picture
 
@@ -62,6 +64,9 @@ def generate(options: argparse.Namespace) -> int:
 
     def check(config: ModelConfig) -> None:
         check_request(first, config, model or config.name)
+        library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
+        for tag in tags_of(first):
+            library.adapter(tag, config)
         pixels_of(first, config)
 
     # The model, and the pictures
@@ -70,6 +75,7 @@ def generate(options: argparse.Namespace) -> int:
         at_once = min(BATCH, -(-count // placement.data_parallel))
         named = dict(model=model, dtype=dtype, placement=placement, conversion=conversion, on_config=check)
         pipe = load_model(options, on_convert, like=first, batch_size=at_once, **named)
+        pipe = dataclasses.replace(pipe, library=dataclasses.replace(pipe.library, files=asked.adapters))
         output.make_folder()
         begin_work()
         each, begun = at_once * placement.data_parallel, 0
@@ -83,8 +89,9 @@ def generate(options: argparse.Namespace) -> int:
                 begun = last
             step(done, total, x0_hat)
 
-        for request, picture in pipe.batch(requests, batch_size=at_once, progress=progress):
-            said = dict(model=model, dtype=dtype, conversion=conversion, **hashes)
+        making = pipe.batch(requests, batch_size=at_once, progress=progress, live_adapters=False)
+        for request, picture in making:
+            said = dict(model=model, dtype=dtype, conversion=conversion, **hashes, **pipe.files_of(request))
             path = output.path(request.seed)
             save_picture(path, picture, recipe_of(request, pipe.config.sampling, picture, **said))
             print(path)
@@ -150,12 +157,13 @@ def _slug(prompt: str) -> str:
 
 
 class Asked(NamedTuple):
-    """What a command asks for: the values of a request by name, and the model."""
+    """What a command asks for: the values of a request by name, the model, and a recipe's adapters by name."""
 
     values: dict[str, Any]
     model: str
     dtype: str
     conversion: dict[str, Any]
+    adapters: dict[str, Path]
 
 
 def _asked(options: argparse.Namespace) -> Asked:
@@ -163,7 +171,7 @@ def _asked(options: argparse.Namespace) -> Asked:
     kind: type[Request] = options.request
     values: dict[str, Any] = {"prompt": None}
     values |= {field.name: field.default for field in dataclasses.fields(kind) if field.name != "prompt"}
-    model, dtype, conversion = "", "float32", {}
+    model, dtype, conversion, adapters = "", "float32", {}, dict[str, Path]()
     if options.recipe is not None:
         from sdjax.devices.platform import environment
         from sdjax.pipeline.recipe import read_recipe
@@ -174,6 +182,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         values |= {name: value for name, value in dataclasses.asdict(recipe).items() if name in values}
         if recipe.task != "txt2img":
             values |= dict(width=None, height=None)  # those of the picture
+        adapters = _find_again(options, recipe)
         model, dtype = recipe.model, recipe.dtype
         if options.model is None:  # else it belonged to the recipe's own model
             conversion = recipe.conversion
@@ -187,7 +196,26 @@ def _asked(options: argparse.Namespace) -> Asked:
         given["width"], given["height"] = parse_size(options.size)
     given = ours(given, kind)
     model, dtype = model if options.model is None else options.model, options.dtype or dtype
-    return Asked(values | given, model, dtype, conversion | conversion_of(options))
+    return Asked(values | given, model, dtype, conversion | conversion_of(options), adapters)
+
+
+def _find_again(options: argparse.Namespace, recipe: Any) -> dict[str, Path]:
+    """A recipe's adapters by name; its embeddings are added to those that were given. All must still be the same.
+
+    Raises:
+        FileNotFoundError: one is gone. ValueError: one is another now.
+    """
+    from sdjax.storage.cache import digest_of, digest_of_all
+
+    for kind in ("adapters", "embeddings"):
+        for name, digest in getattr(recipe, kind).items():
+            path = Path(name)
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: gone; it is one of the {kind} that the recipe was made with")
+            if (digest_of(path) if path.is_file() else digest_of_all([path])) != digest:
+                raise ValueError(f"{path}: not what the recipe was made with (its contents changed); give it again")
+    options.embeddings = [*options.embeddings, *(name for name in recipe.embeddings if name not in options.embeddings)]
+    return {Path(name).stem: Path(name) for name in recipe.adapters}
 
 
 def _listed(found: dict[str, str]) -> str:

@@ -31,6 +31,19 @@ def add_conversion(command: argparse.ArgumentParser, *, ema: bool = True) -> Non
     add("--ignore", metavar="PATTERN", action="append", help="names that may be there unused, such as loss.*")
 
 
+def add_folders(command: argparse.ArgumentParser) -> None:
+    """The options that say where the files are that prompts name."""
+    add = command.add_argument
+    add("--lora-dir", metavar="DIR", help="where <lora:NAME:WEIGHT> in prompts finds NAME, folders in it included")
+    text = "learnt words (textual inversion): a file or a folder of them; may be given several times"
+    add("--embeddings", metavar="FILE|DIR", action="append", default=[], help=text)
+
+
+def folders_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What of `add_folders` was given."""
+    return {name: value for name in ("lora_dir", "embeddings") if (value := getattr(options, name, None))}
+
+
 def conversion_of(options: argparse.Namespace, *, ema: bool = True) -> dict[str, Any]:
     """What of `add_conversion` was given, as `sdjax.load` takes it and recipes keep it."""
     names = ("vae", "text_encoder", "prediction", "config", "ignore", *(("ema",) if ema else ()))
@@ -64,13 +77,15 @@ def load_model(
         def on_shapes(config: ModelConfig, shapes: Params) -> None:
             if like is None or named["placement"].parallel == "pmap":
                 return
+            if like.loras or "<lora:" in str(like.prompt):
+                return  # its programs are others, for adapters that are not read yet
             with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
                 options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes)
                 programs = programs_for(like, config, batch_size, **options)
                 start(programs.values())
 
         hooks: dict[str, Any] = dict(progress=on_convert, on_config=on_config, on_shapes=on_shapes)
-        return load(named.pop("model") or None, **hooks, **named, **conversion)
+        return load(named.pop("model") or None, **hooks, **named, **folders_of(options), **conversion)
 
 
 def placement_of(options: argparse.Namespace, pictures: int | None = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdjax.cli import batch, generate, info, warmup
 from sdjax.cli import train as train_command
-from sdjax.cli.model import add_conversion
+from sdjax.cli.model import add_conversion, add_folders
 from sdjax.cli.terminal import console
 from sdjax.request import NOISES, STRENGTHS, TASKS, Request, Setting, settings
 
@@ -59,6 +59,7 @@ def _add_settings(command: argparse.ArgumentParser, task: str, request: type[Req
     add("--count", type=int, default=1, metavar="N", help="pictures to make, with seeds SEED, SEED+1, ... (1)")
     add("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own, or the picture's)")
     add("--dtype", metavar="D", help="float32, bfloat16 or float16 (float32)")
+    add_folders(command)
     _add_devices(command)
     add_conversion(command)
     add(
@@ -77,6 +78,7 @@ def _add_batch(commands: Any, request: type[Request]) -> None:
     add("-o", "--output", required=True, metavar="DIR", help="folder of the job: pictures and manifest.jsonl")
     add("--model", metavar="M", help="anything that txt2img takes")
     add("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (float32)")
+    add_folders(command)
     add("--batch", type=int, default=8, metavar="N", help="pictures made at once on each device (8)")
     add("--format", choices=["png", "webp", "jpg"], default="png", help="of the pictures (png)")
     add("--shards", action="store_true", help="WebDataset .tar shards instead of single files")
@@ -98,11 +100,16 @@ def _add_setting(command: Any, name: str, known: Setting, text: str | None) -> N
     """The option of a setting. text: its explanation."""
     metavar: Any = known.metavar
     more: dict[str, Any] = {"help": text, "metavar": metavar}
+    names = [name]
+    if known.kind == "texts":  # --lora, once for each
+        names = [*known.aliases, name]
+        more |= {"action": "append", "dest": name}
     if known.kind == "fractions":
         more |= {"nargs": 2, "metavar": tuple(metavar.split())}
     if known.kind == "noise":
         more |= {"choices": NOISES, "metavar": None}
-    command.add_argument(f"--{name.replace('_', '-')}", type=KINDS.get(known.kind, str), **more)
+    options = [f"--{name.replace('_', '-')}" for name in names]
+    command.add_argument(*options, type=KINDS.get(known.kind, str), **more)
 
 
 def _add_devices(command: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ or one per image f32[b], so that changing them compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -38,42 +38,61 @@ def to_denoiser(predict: Predictor, prediction: str) -> Denoiser:
     return denoise
 
 
-def guided(pair: Predictor, one: Callable[[Array | int, Latent, NoiseLevel], Latent]) -> Predictor:
+def guided(
+    pair: Predictor,
+    one: Callable[[Array | int, Latent, NoiseLevel], Latent],
+    strengths: Array | None = None,
+    parts: Array | None = None,
+) -> Predictor:
     """Classifier-free guidance: negative + scale (positive - negative) (Ho & Salimans 2022, eq. 6).
 
     pair: x f[b, ...] -> f[2b, ...], the rows of the negative prompt, then of the positive one; one: with 0 or 1 before
-    its arguments, -> f[b, ...], either of these alone. Where `level.guidance` says that no picture is steered, only the
-    positive ones are evaluated, at half the work (Kynkaanniemi et al. 2024, section 3). rescale pulls the standard
-    deviation of the result back to the positive prediction's (Lin et al. 2024, eq. 14-16).
+    its arguments, -> f[b, ...], either of these alone, or with 2, 3, ... further prompts. Where `level.guidance` says
+    that no picture is steered, only the positive ones are evaluated, at half the work (Kynkaanniemi et al. 2024,
+    section 3). rescale pulls the standard deviation of the result back to the positive prediction's (Lin et al. 2024,
+    eq. 14-16).
+
+    strengths: f[b, P], of positive prompts that act together: negative + scale sum_k strength_k (positive_k - negative)
+    (Liu et al. 2022, eq. 11); parts: i32[b], how many of the P are there. None: one prompt of strength 1.
 
     On a CPU, where two calls are as fast as one of twice the rows, `one` is called in a loop: a program with one copy
-    of the network compiles in half the time.
+    of the network compiles in half the time. So is everywhere what has more than one positive prompt.
     """
 
-    def steer(negative: Latent, own: Latent, guidance: Guidance) -> Latent:
-        scale = per_image(guidance.scale, own)
-        output = negative + scale * (own - negative)
+    weights = jnp.ones((1, 1)) if strengths is None else strengths
+    count = jnp.ones(1, jnp.int32) if parts is None else parts
+
+    def steer(negative: Latent, positive: Sequence[Latent], guidance: Guidance) -> Latent:
+        own, scale = positive[0], per_image(guidance.scale, negative)
+        together = jnp.zeros_like(own)
+        for k, output in enumerate(positive):
+            there, weight = per_image(k < count, own), per_image(weights[:, k], own)
+            together += jnp.where(there, weight * (output - negative), 0)
+        alone = per_image((weights[:, 0] == 1) & (count == 1), own)
+        output = negative + scale * together
+        reference = jnp.where(alone, own, negative + together)
         axes = tuple(range(1, own.ndim))
-        ratio = own.std(axes, keepdims=True) / output.std(axes, keepdims=True)
+        ratio = reference.std(axes, keepdims=True) / output.std(axes, keepdims=True)
         output *= 1 + per_image(guidance.rescale, own) * (ratio - 1)
-        return jnp.where(scale == 1, own, output)
+        return jnp.where((scale == 1) & alone, own, output)
 
     def at_once(x: Latent, level: NoiseLevel, guidance: Guidance) -> Latent:
         def both() -> Latent:
             negative, own = jnp.split(pair(x, level).astype(x.dtype), 2)
-            return steer(negative, own, guidance)
+            return steer(negative, [own], guidance)
 
-        return lax.cond(jnp.any(guidance.used), both, lambda: one(1, x, level).astype(x.dtype))
+        together = jnp.any(guidance.used) & (jnp.max(count) == 1)
+        return lax.cond(together, both, lambda: in_turn(x, level, guidance))
 
     def in_turn(x: Latent, level: NoiseLevel, guidance: Guidance) -> Latent:
         used = jnp.any(guidance.used)
 
-        def half(index: Array) -> Latent:
-            called = (index == 1) | used
+        def each(index: Array) -> Latent:
+            called = jnp.where(index == 0, used, index <= jnp.max(count))
             return lax.cond(called, lambda: one(index, x, level).astype(x.dtype), lambda: jnp.zeros_like(x))
 
-        negative, own = lax.map(half, jnp.arange(2))
-        return jnp.where(used, steer(negative, own, guidance), own)
+        negative, *positive = lax.map(each, jnp.arange(1 + weights.shape[1]))
+        return jnp.where(used, steer(negative, positive, guidance), positive[0])
 
     def predict(x: Latent, level: NoiseLevel) -> Latent:
         if level.guidance is None:

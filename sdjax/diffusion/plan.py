@@ -71,6 +71,11 @@ def calls_of(sampler: str, steps: int) -> int:
     return len(SAMPLERS[sampler].table(np.append(np.linspace(2, 1, steps), 0.0)).scale)
 
 
+def calls_per_step(sampler: str) -> int:
+    """The calls of the network for each step, as schedules in prompts count them: 2 for samplers of second order."""
+    return round(calls_of(sampler, 8) / 8)
+
+
 def stack_plans(plans: Sequence[Plan], *, uniform: bool = False) -> tuple[Rows, np.ndarray]:
     """The plans of a batch as rows f32[b, s, ...], and how many of them run for each picture, i32[b].
 

@@ -6,7 +6,8 @@ takes in the next picture when one is finished are all the same thing.
 A denoiser comes as `make_denoiser`, a hashable function from its inputs to a `Denoiser`: `make_denoiser(params, given,
 index)`, where params are shared, `given` is a pytree of arrays f[b, ...] for each picture, and index i32[b] is the row
 that each picture is at. So whatever can change from call to call is an argument of the compiled program, and never a
-constant in it.
+constant in it. One with a method `held(params, given, held, index)` keeps what is worked out for several rows in
+`State.held`, and is called with it: `make_denoiser(params, given, held, index)`.
 
 Randomness: picture i has a key of its own, made from its own seed. Its initial noise comes from fold_in(key, 0), the
 noise of row j from fold_in(key, j + 1): nothing depends on the batch that the picture is made in.
@@ -28,7 +29,7 @@ from sdjax.diffusion.samplers import Carry, Rows, first_carry, step
 from sdjax.diffusion.schedule import per_image
 from sdjax.types import Array, Denoiser, Latent
 
-MakeDenoiser = Callable[[Any, Any, Array], Denoiser]
+MakeDenoiser = Callable[..., Denoiser]
 
 
 class State(NamedTuple):
@@ -40,6 +41,7 @@ class State(NamedTuple):
     calls: i32[b], the first rows, those that run; a picture is finished when its index has reached it.
     key: key[b], the source of each picture's randomness.
     given: what its denoiser sees besides, a pytree of f[b, ...] (`Conditioning`).
+    held: what it keeps from row to row, such as keys and values of the texts; None where it keeps nothing.
     """
 
     carry: Carry
@@ -48,6 +50,7 @@ class State(NamedTuple):
     calls: Any
     key: Array
     given: Any
+    held: Any = None
 
 
 def first_state(rows: Rows, calls: Any, x: Latent, key: Array, given: Any) -> State:
@@ -97,13 +100,17 @@ def at_rows(table: Any, index: Array) -> Any:
 
 def sample_step(make_denoiser: MakeDenoiser, params: Any, state: State) -> State:
     """One row of every picture's own sampler; a picture that is finished stays as it is."""
-    carry, index = state.carry, state.index
+    carry, index, held = state.carry, state.index, state.held
     noise = draw(state.key, 1 + index, carry.x.shape[1:]).astype(carry.x.dtype)
-    denoise = make_denoiser(params, state.given, index)
+    if hasattr(make_denoiser, "held"):
+        held = make_denoiser.held(params, state.given, held, index)
+        denoise = make_denoiser(params, state.given, held, index)
+    else:
+        denoise = make_denoiser(params, state.given, index)
     after = step(denoise, carry, at_rows(state.rows, index), noise)
     running = index < state.calls
     kept = jax.tree.map(lambda new, old: jnp.where(per_image(running, new), new, old), after, carry)
-    return state._replace(carry=kept, index=index + running)
+    return state._replace(carry=kept, index=index + running, held=held)
 
 
 def sample(make_denoiser: MakeDenoiser, params: Any, state: State, ticks: Any = None) -> State:
@@ -115,18 +122,20 @@ def sample(make_denoiser: MakeDenoiser, params: Any, state: State, ticks: Any = 
     """
     state = state._replace(rows=jax.tree.map(jnp.asarray, state.rows), calls=jnp.asarray(state.calls))
 
-    def one(moving: tuple[Carry, Array], tick: Array) -> tuple[tuple[Carry, Array], None]:
-        def run(moving: tuple[Carry, Array]) -> tuple[Carry, Array]:
-            after = sample_step(make_denoiser, params, state._replace(carry=moving[0], index=moving[1]))
-            return after.carry, after.index
+    def one(moving: tuple[Carry, Array, Any], tick: Array) -> tuple[tuple[Carry, Array, Any], None]:
+        def run(moving: tuple[Carry, Array, Any]) -> tuple[Carry, Array, Any]:
+            carry, index, held = moving
+            after = sample_step(make_denoiser, params, state._replace(carry=carry, index=index, held=held))
+            return after.carry, after.index, after.held
 
         needed = jnp.any(moving[1] < state.calls)
         if ticks is not None:
             needed &= tick < ticks
         return jax.lax.cond(needed, run, lambda moving: moving, moving), None
 
-    (carry, index), _ = jax.lax.scan(one, (state.carry, state.index), jnp.arange(state.rows.scale.shape[1]))
-    return state._replace(carry=carry, index=index)
+    moving = state.carry, state.index, state.held
+    (carry, index, held), _ = jax.lax.scan(one, moving, jnp.arange(state.rows.scale.shape[1]))
+    return state._replace(carry=carry, index=index, held=held)
 
 
 _jitted_step = jax.jit(sample_step, static_argnums=0)

@@ -253,8 +253,7 @@ def to_json(line: Line) -> bytes:
 def from_json(text: str | bytes, request_class: type[Request] = Request) -> Line:
     """What `to_json` wrote. request_class: the class of its request."""
     fields = json.loads(text)
-    if "guidance_interval" in fields:
-        fields["guidance_interval"] = tuple(fields["guidance_interval"])
+    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return Line(fields.pop("line"), fields["id"], fields.pop("count"), request_class(**fields))
 
 

@@ -330,7 +330,7 @@ def run(
                 except OSError as error:  # gone since it was read
                     fail(request, error)
                     continue
-                said |= dict(model=model, dtype=dtype, conversion=conversion)
+                said |= dict(model=model, dtype=dtype, conversion=conversion, **pipe.files_of(request))
                 recipe = recipe_of(request, pipe.config.sampling, picture, **said)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))
                 while encoding and (encoding[0][2].done() or len(encoding) > ENCODING):

@@ -48,11 +48,11 @@ class SelfAttention(nn.Module):
         self.v = Dense(self.width)
         self.out = Dense(self.width)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, seen: Array | None = None) -> Array:
         def split(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], self.heads, -1)
 
-        mixed = attention(split(self.q(x)), split(self.k(x)), split(self.v(x)), causal=self.causal)
+        mixed = attention(split(self.q(x)), split(self.k(x)), split(self.v(x)), seen, causal=self.causal)
         return self.out(mixed.reshape(x.shape))
 
 
@@ -68,8 +68,8 @@ class Layer(nn.Module):
         self.fc1 = Dense(self.config.mlp_width)
         self.fc2 = Dense(self.config.width)
 
-    def __call__(self, x: Array) -> Array:
-        x = x + self.attention(self.norm1(x))
+    def __call__(self, x: Array, seen: Array | None = None) -> Array:
+        x = x + self.attention(self.norm1(x), seen)
         return x + self.fc2(ACTIVATIONS[self.config.activation](self.fc1(self.norm2(x))))
 
 
@@ -89,9 +89,15 @@ class TextEncoder(nn.Module):
             self.projection = Dense(config.projection, bias=False)
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
-    def __call__(self, ids: Array, skip: int | None = None) -> TextOutput:
-        """`skip` overrides `config.skip`: 1 leaves out the last layer ("clip skip 2" in other
-        tools), and so on.
+    def __call__(
+        self, ids: Array, skip: int | None = None, *, vectors: Array | None = None, seen: Array | None = None
+    ) -> TextOutput:
+        """Texts, encoded.
+
+        skip: overrides `config.skip`: 1 leaves out the last layer ("clip skip 2" in other tools), and so on.
+        vectors: f[pictures, n, d], embeddings that were learnt since; id vocab_size + i is number i of the picture that
+            a text belongs to, each picture having as many texts as any other.
+        seen: bool[b, l], tokens that others may attend to; None: all.
 
         Raises:
             ValueError: `skip` is not in [0, layers).
@@ -99,10 +105,14 @@ class TextEncoder(nn.Module):
         skip = self.config.skip if skip is None else skip
         if not 0 <= skip < self.config.layers:
             raise ValueError(f"skip must lie in [0, {self.config.layers}), found {skip}")
-        x = self.token_embedding[ids] + self.position_embedding[: ids.shape[1]]
-        hidden_states = [x]
+        x = self.token_embedding[ids]
+        if vectors is not None:
+            picture = jnp.arange(ids.shape[0])[:, None] // (ids.shape[0] // vectors.shape[0])
+            learnt = vectors[picture, jnp.maximum(ids - self.config.vocab_size, 0)]
+            x = jnp.where(ids[..., None] >= self.config.vocab_size, learnt.astype(x.dtype), x)
+        hidden_states = [x + self.position_embedding[: ids.shape[1]]]
         for layer in self.layer:
-            hidden_states.append(layer(hidden_states[-1]))
+            hidden_states.append(layer(hidden_states[-1], seen))
         last_hidden_state = self.final_norm(hidden_states[-1 - skip])
         pooled = None
         if self.config.projection is not None:

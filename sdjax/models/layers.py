@@ -232,33 +232,37 @@ class Upsample(nn.Module):
         return self.conv(x if size is None else x[:, : size[0], : size[1]])
 
 
-def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+def attention(q: Array, k: Array, v: Array, keys: Array | None = None, *, causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(d)) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1).
 
-    q f[b, l, n, d], k and v f[b, m, n, d] -> f[b, l, n, d]. Never holds more than SCORE_BOUND
+    q f[b, l, n, d], k and v f[b, m, n, d] -> f[b, l, n, d]. keys: bool[b, m], those that are attended to, the first
+    ones of each row unless `causal`; None: all. Never holds more than SCORE_BOUND
     scores. On NVIDIA GPUs in 16 bit the fused cuDNN kernel is used where it takes the head size; on TPUs in bfloat16
     JAX's flash attention where kernels are allowed (`sdjax.devices.platform`); on CPUs one head at a time.
     """
     small = q.shape[1] * k.shape[1] <= 128 * 128
     if causal or small:
-        return _scores_attention(q, k, v, causal=causal)
+        return _scores_attention(q, k, v, keys, causal=causal)
     if platform() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        lengths = None if keys is None else keys.sum(1, dtype=jnp.int32)
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
     if platform() == "tpu" and use_kernels.value and q.dtype == jnp.bfloat16:
-        return _flash_attention(q, k, v)
-    return _per_head_attention(q, k, v) if platform() == "cpu" else _chunked_attention(q, k, v)
+        return _flash_attention(q, k, v, keys)
+    return _per_head_attention(q, k, v, keys) if platform() == "cpu" else _chunked_attention(q, k, v, keys)
 
 
-def _scores_attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+def _scores_attention(q: Array, k: Array, v: Array, keys: Array | None = None, *, causal: bool = False) -> Array:
     """Attention that holds every score at once."""
     scores = jnp.einsum("blnd,bmnd->bnlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if causal:
         scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    if keys is not None:
+        scores = jnp.where(keys[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnlm,bmnd->blnd", weights, v)
 
 
-def _flash_attention(q: Array, k: Array, v: Array) -> Array:
+def _flash_attention(q: Array, k: Array, v: Array, counted: Array | None = None) -> Array:
     """Attention by JAX's kernel for TPUs, which holds no scores outside of the chip (Dao et al. 2022).
 
     It takes lengths in blocks, and heads of up to 128 or multiples of that: the rest is padded with zeros, and the
@@ -274,13 +278,15 @@ def _flash_attention(q: Array, k: Array, v: Array) -> Array:
 
     q, k, v = padded(q), padded(k), padded(v)
     block_q, block_k = (math.gcd(x.shape[2], TPU_BLOCK) for x in (q, k))
-    is_key = jnp.broadcast_to(jnp.arange(k.shape[2]) < keys, (b, k.shape[2])).astype(jnp.int32)
-    masked = SegmentIds(jnp.ones((b, q.shape[2]), jnp.int32), is_key)
+    is_key = jnp.broadcast_to(jnp.arange(k.shape[2]) < keys, (b, k.shape[2]))
+    if counted is not None:
+        is_key &= jnp.pad(counted, ((0, 0), (0, k.shape[2] - keys)))
+    masked = SegmentIds(jnp.ones((b, q.shape[2]), jnp.int32), is_key.astype(jnp.int32))
     out = flash_attention(
         q,
         k,
         v,
-        segment_ids=masked if keys < k.shape[2] else None,
+        segment_ids=masked if keys < k.shape[2] or counted is not None else None,
         sm_scale=d**-0.5,
         block_sizes=BlockSizes(block_q=block_q, block_k_major=block_k, block_k=block_k, block_b=1),
     )
@@ -294,18 +300,18 @@ def _split_queries(q: Array, rows: int) -> Array:
     return padded.reshape(chunks, rows, *q.shape[1:])
 
 
-def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
+def _chunked_attention(q: Array, k: Array, v: Array, keys: Array | None = None) -> Array:
     """Attention by chunks of queries, all heads together."""
     b, length, n, d = q.shape
     rows = max(1, SCORE_BOUND // (b * n * k.shape[1]))
     if rows >= length:
-        return _scores_attention(q, k, v)
+        return _scores_attention(q, k, v, keys)
     chunks = _split_queries(q.swapaxes(0, 1), rows)  # [chunks, rows, b, n, d]
-    out = lax.map(lambda part: _scores_attention(part.swapaxes(0, 1), k, v), chunks)  # [chunks, b, rows, n, d]
+    out = lax.map(lambda part: _scores_attention(part.swapaxes(0, 1), k, v, keys), chunks)  # [chunks, b, rows, n, d]
     return out.swapaxes(0, 1).reshape(b, -1, n, d)[:, :length]
 
 
-def _per_head_attention(q: Array, k: Array, v: Array) -> Array:
+def _per_head_attention(q: Array, k: Array, v: Array, keys: Array | None = None) -> Array:
     """Attention by plain matrix products, one head and `CPU_QUERY_ROWS` queries at a time.
 
     The division by the row sums comes after the second product: fewer values to divide, and no pass
@@ -318,11 +324,13 @@ def _per_head_attention(q: Array, k: Array, v: Array) -> Array:
     def heads_first(x: Array) -> Array:
         return x.swapaxes(1, 2).reshape(b * n, x.shape[1], d)
 
-    def one_head(qkv: tuple[Array, Array, Array]) -> Array:
-        q, k, v = qkv
+    def one_head(head: tuple[Array, Array, Array, Array | None]) -> Array:
+        q, k, v, keys = head
 
         def some_rows(rows: Array) -> Array:
             scores = jnp.dot(rows, k.T, preferred_element_type=jnp.float32) * scale
+            if keys is not None:
+                scores = jnp.where(keys, scores, -jnp.inf)
             weights = jnp.exp(scores - scores.max(-1, keepdims=True))
             mixed = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
@@ -331,5 +339,6 @@ def _per_head_attention(q: Array, k: Array, v: Array) -> Array:
             return some_rows(q)
         return lax.map(some_rows, _split_queries(q, rows_at_once)).reshape(-1, d)[:length]
 
-    out = lax.map(one_head, (heads_first(q), heads_first(k), heads_first(v)))
+    own = None if keys is None else jnp.repeat(keys, n, axis=0)
+    out = lax.map(one_head, (heads_first(q), heads_first(k), heads_first(v), own))
     return out.reshape(b, n, length, d).swapaxes(1, 2)

@@ -63,11 +63,12 @@ class Attention(nn.Module):
     def split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
-    def kv(self, context: Array) -> tuple[Array, Array]:
-        """context f[b, l, d] -> keys and values, each f[b, l, n, d/n]."""
-        return self.split(self.k(context)), self.split(self.v(context))
+    def kv(self, context: Array, keys: Array | None = None) -> tuple[Array, ...]:
+        """context f[b, l, d] -> keys and values, each f[b, l, n, d/n], and which of them count, bool[b, l] or none."""
+        kv = self.split(self.k(context)), self.split(self.v(context))
+        return kv if keys is None else (*kv, keys)
 
-    def __call__(self, x: Array, kv: tuple[Array, Array]) -> Array:
+    def __call__(self, x: Array, kv: tuple[Array, ...]) -> Array:
         return self.out(attention(self.split(self.q(x)), *kv).reshape(x.shape))
 
 
@@ -90,9 +91,9 @@ class TransformerLayer(nn.Module):
         self.ff_in = Dense(8 * self.width)
         self.ff_out = Dense(self.width)
 
-    def text_kv(self, context: Array) -> Any:
-        kv = self.cross_attention.kv(context)
-        return (self.self_attention.kv(context), kv) if self.only_cross else kv
+    def text_kv(self, context: Array, keys: Array | None = None) -> Any:
+        kv = self.cross_attention.kv(context, keys)
+        return (self.self_attention.kv(context, keys), kv) if self.only_cross else kv
 
     def __call__(self, x: Array, text_kv: Any) -> Array:
         if self.only_cross:
@@ -121,8 +122,8 @@ class Transformer(nn.Module):
         self.layer = [TransformerLayer(self.width, self.heads, self.only_cross) for _ in range(self.layers)]
         self.proj_out = Dense(self.width)
 
-    def text_kv(self, context: Array) -> list[Any]:
-        return [layer.text_kv(context) for layer in self.layer]
+    def text_kv(self, context: Array, keys: Array | None = None) -> list[Any]:
+        return [layer.text_kv(context, keys) for layer in self.layer]
 
     def __call__(self, x: Array, text_kv: list[Any]) -> Array:
         b, h, w, c = x.shape
@@ -179,8 +180,8 @@ class Block(nn.Module):
     def timestep_shifts(self, embedding: Array) -> list[Array]:
         return [block.time_shift(embedding) for block in self.res]
 
-    def text_kv(self, context: Array) -> list[Any]:
-        return [transformer.text_kv(context) for transformer in self.attention] if self.transformer_layers else []
+    def text_kv(self, context: Array, keys: Array | None = None) -> list[Any]:
+        return [transformer.text_kv(context, keys) for transformer in self.attention] if self.transformer_layers else []
 
     def block(self, i: int, x: Array, time: list[Array], kv: list[Any]) -> Array:
         x = self.res[i](x, time[i])
@@ -224,8 +225,8 @@ class Middle(nn.Module):
     def timestep_shifts(self, embedding: Array) -> list[Array]:
         return [block.time_shift(embedding) for block in self.res]
 
-    def text_kv(self, context: Array) -> list[Any]:
-        return self.attention.text_kv(context) if self.config.middle_transformers else []
+    def text_kv(self, context: Array, keys: Array | None = None) -> list[Any]:
+        return self.attention.text_kv(context, keys) if self.config.middle_transformers else []
 
     def __call__(self, x: Array, time: list[Array], kv: list[Any]) -> Array:
         for i, block in enumerate(self.res):
@@ -292,9 +293,12 @@ class UNet(nn.Module):
             embedding = ACTIVATIONS[name](embedding)
         return [part.timestep_shifts(embedding) for part in (*self.down, self.mid, *self.up)]
 
-    def text_kv(self, context: Array) -> Any:
-        """context f[b, l, d] -> keys and values of every cross-attention, each f[b, l, n, d/n]."""
-        return [part.text_kv(context) for part in (*self.down, self.mid, *self.up)]
+    def text_kv(self, context: Array, keys: Array | None = None) -> Any:
+        """context f[b, l, d] -> keys and values of every cross-attention, each f[b, l, n, d/n].
+
+        keys: bool[b, l], positions of the context that are attended to; None: all.
+        """
+        return [part.text_kv(context, keys) for part in (*self.down, self.mid, *self.up)]
 
     def predict(self, x: Array, time: Any, kv: Any) -> Array:
         """One evaluation from what `embed_timesteps` and `text_kv` gave.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +22,7 @@ from sdjax.diffusion.sample import State, image_keys
 from sdjax.diffusion.samplers import Carry, Rows
 from sdjax.pipeline.prepare import Prepared, initial_noise_of
 from sdjax.pipeline.programs import Programs, to_bytes
+from sdjax.text.prompt import Prompts
 from sdjax.types import Array, Conditioning, Latent, Params
 
 T = TypeVar("T")
@@ -35,7 +37,8 @@ Progress = Callable[[int, int, Latent], None]
 class Arguments(NamedTuple):
     """What the programs take for a batch, on the host; pictures along the first axis of every leaf.
 
-    ids: i32[b, 2, l], tokens of negative prompt and prompt.
+    prompts: of each picture.
+    gates: f[b, sections, R], each picture's weights of the ranks of live adapters.
     rows: each picture's sampler, leaves [b, s, ...]; calls: i32[b], how many of them run.
     key: key[b]. noise: f32[b, h, w, c], to start from where drawn bool[b] is false.
     sigma: f32[b], the level to start at; pure: bool[b], whether from noise alone.
@@ -43,7 +46,8 @@ class Arguments(NamedTuple):
     same, where the known region is held at every step (for a model that sees the mask, nowhere).
     """
 
-    ids: Any
+    prompts: Prompts
+    gates: Any
     rows: Rows
     calls: Any
     key: Array
@@ -68,7 +72,8 @@ def assemble(prepared: Sequence[Prepared], config: ModelConfig, *, uniform: bool
     for row, own in zip(noise, given, strict=True):
         row[:] = 0 if own is None else own
     return Arguments(
-        ids=np.stack([one.ids for one in prepared]),
+        prompts=_stacked([one.prompts for one in prepared], uniform=uniform),
+        gates=np.stack([one.gates for one in prepared]),
         rows=rows,
         calls=calls,
         key=image_keys([one.request.seed for one in prepared]),
@@ -83,9 +88,20 @@ def assemble(prepared: Sequence[Prepared], config: ModelConfig, *, uniform: bool
     )
 
 
+def _stacked(prompts: Sequence[Prompts], *, uniform: bool) -> Prompts:
+    """The prompts of a batch. uniform: as `stack_plans`, pictures take the same branches."""
+    stacked: Prompts = jax.tree.map(lambda *leaves: np.stack(leaves), *prompts)
+    if uniform:
+        stacked.changed[:] = stacked.changed.any(axis=0, keepdims=True)
+        stacked.count[:] = stacked.count.max()
+        stacked.mixed[:] = stacked.mixed.any()
+        stacked.parts[:] = stacked.parts.max()
+    return stacked
+
+
 def conditioned(condition: Callable[..., T], params: Params, batch: Arguments) -> T:
     """What a `condition` program, or the lowering of one, makes of a batch."""
-    return condition(params, batch.ids, batch.rows, batch.known, batch.held, batch.concat)
+    return condition(params, batch.prompts, batch.rows, batch.gates, batch.known, batch.held, batch.concat)
 
 
 def initial(initial_latents: Callable[..., T], batch: Arguments) -> T:
@@ -93,9 +109,10 @@ def initial(initial_latents: Callable[..., T], batch: Arguments) -> T:
     return initial_latents(batch.key, batch.noise, batch.drawn, batch.sigma, batch.pure, batch.known, batch.mask)
 
 
-def state_of(batch: Arguments, carry: Carry, given: Conditioning) -> State:
-    """The state before the first step."""
-    return State(carry, np.zeros(len(batch.calls), np.int32), batch.rows, batch.calls, batch.key, given)
+def state_of(batch: Arguments, carry: Carry, given: tuple[Conditioning, Any]) -> State:
+    """The state before the first step. given: what a `condition` program made."""
+    conditioning, kv = given
+    return State(carry, np.zeros(len(batch.calls), np.int32), batch.rows, batch.calls, batch.key, conditioning, kv)
 
 
 def _joined(arrays: list[Any]) -> Any:
@@ -208,12 +225,17 @@ class Batches:
         some = next(one for one in places if one is not None)
         batch = assemble([one or some for one in places], self.config, uniform=self.uniform)
         batch.calls[[one is None for one in places]] = batch.calls.max() if self.uniform else 0
-        given = conditioned(self.programs.condition(some.request.clip_skip), self.params, batch)
+        given = conditioned(self.programs.condition(some.request.clip_skip), self._params(some), batch)
         return state_of(batch, initial(self.programs.initial_latents, batch), given)
 
-    def _sampled(self, state: State, ticks: int) -> State:
-        carry, index = self.programs.sample(self.params, state, np.int32(ticks))
-        return state._replace(carry=carry, index=index)
+    def _params(self, one: Prepared) -> Params:
+        """The parameters for pictures of one shape: with the adapters that these share."""
+        return self.params if one.weights is None else one.weights.params(self.params)
+
+    def _sampled(self, one: Prepared, state: State, ticks: int) -> State:
+        """The state of pictures of the same shape as `one`, after some steps."""
+        carry, index, held = self.programs.sample(self._params(one), state, np.int32(ticks))
+        return state._replace(carry=carry, index=index, held=held)
 
     @pinned
     def _decoded(self, places: Sequence[Prepared | None], latents: Latent) -> Made:
@@ -226,10 +248,10 @@ class Batches:
         state = self._started(places)
         calls = max(one.plan.calls for one in requests)
         for done in range(1, calls + 1) if self.progress is not None else ():
-            state = self._sampled(state, 1)
+            state = self._sampled(requests[0], state, 1)
             self.progress(done, calls, state.carry.x0_hat)  # type: ignore[misc]
         if self.progress is None:
-            state = self._sampled(state, calls)
+            state = self._sampled(requests[0], state, calls)
         return self._decoded(places, state.carry.x)
 
     def _continuously(self, waiting: Waiting, shape: tuple[Any, ...]) -> Iterator[Made]:
@@ -325,7 +347,7 @@ class Batches:
                     queue = queue or waiting.take(shape, self.size, ahead=self.size)
                     if queue or any(fresh):
                         ticks = int(running.min())
-                state = self._sampled(state, ticks)
+                state = self._sampled(next(one for one in under if one is not None), state, ticks)
                 left = np.maximum(left - ticks, 0)
         if any(done):
             assert latents is not None

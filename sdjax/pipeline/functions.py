@@ -4,13 +4,14 @@ All three tasks are the same loop: a task only says where to start (noise, or a 
 known region) and what else to show the network (mask and masked picture). A batch takes
 
     encode            pictures -> latents, for tasks that start from a picture
-    condition         token ids, and the sampler's rows -> all that the networks in the loop see (`Conditioning`)
+    condition         prompts, and the sampler's rows -> all that the networks in the loop see (`Conditioning`)
     initial_latents   keys, and the noise level to start at -> where sampling starts
     sample            pictures under way (`State`) -> the state after some steps, or all
     decode            latents -> pictures
 
 Pictures are along the first axis of every array; each is treated by itself. `params` is the whole tree {"text", "vae",
-"unet"}. `sdjax.pipeline.programs` compiles these for a `Placement`.
+"unet"}, with live adapters as "adapters" (`sdjax.models.adapters`). `sdjax.pipeline.programs` compiles these for a
+`Placement`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sdjax.config import ModelConfig
 from sdjax.diffusion import sample as loop
@@ -31,36 +33,77 @@ from sdjax.diffusion.sample import State, at_rows, initial_noise
 from sdjax.diffusion.samplers import Carry, Rows, first_carry
 from sdjax.diffusion.schedule import per_image
 from sdjax.image import latent_mask
+from sdjax.models.adapters import live
 from sdjax.models.clip import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
+from sdjax.text.prompt import Prompts
+from sdjax.text.weighting import weighted
 from sdjax.types import Array, Conditioning, Denoiser, Latent, NoiseLevel, Params
 
 # The networks
 
 
 @partial(jax.jit, static_argnames=("config", "skip"))
-def encode_text(params: Params, ids: Array, *, config: ModelConfig, skip: int | None = None) -> Array:
-    """Token ids i32[b, l] -> the context f[b, l, d] that the UNet attends to. params: the "text" tree."""
-    return TextEncoder(config.clip).apply({"params": params}, ids, skip).last_hidden_state  # type: ignore
+def encode_text(
+    params: Params,
+    ids: Array,
+    vectors: Array | None = None,
+    seen: Array | None = None,
+    adapters: Any = None,
+    gates: Array | None = None,
+    *,
+    config: ModelConfig,
+    skip: int | None = None,
+) -> Array:
+    """Token ids i32[b, l] -> the context f[b, l, d] that the UNet attends to. params: the "text" tree.
+
+    vectors, seen: see `TextEncoder`. adapters, gates: see `live`.
+    """
+    with live(adapters, gates, config, "text"):
+        encoder = TextEncoder(config.clip)
+        found: Any = encoder.apply({"params": params}, ids, skip, vectors=vectors, seen=seen)
+    return found.last_hidden_state
 
 
 @partial(jax.jit, static_argnames="config")
-def predict_noise(params: Params, x: Latent, time: Any, kv: Any, *, config: ModelConfig) -> Array:
+def predict_noise(
+    params: Params,
+    x: Latent,
+    time: Any,
+    kv: Any,
+    adapters: Any = None,
+    gates: Array | None = None,
+    *,
+    config: ModelConfig,
+) -> Array:
     """`UNet.predict`; a function of its own so that it is traced once wherever a program calls it. params: "unet"."""
-    return UNet(config.unet).apply({"params": params}, x, time, kv, method="predict")  # type: ignore
+    with live(adapters, gates, config, "unet", by_picture=False):
+        return UNet(config.unet).apply({"params": params}, x, time, kv, method="predict")  # type: ignore
 
 
 @partial(jax.jit, static_argnames="config")
-def text_kv(params: Params, context: Array, *, config: ModelConfig) -> Any:
+def text_kv(
+    params: Params,
+    context: Array,
+    keys: Array | None = None,
+    adapters: Any = None,
+    gates: Array | None = None,
+    *,
+    config: ModelConfig,
+) -> Any:
     """The context's keys and values for every cross-attention, computed once per prompt. params: "unet"."""
-    return UNet(config.unet).apply({"params": params}, context, method="text_kv")
+    with live(adapters, gates, config, "unet"):
+        return UNet(config.unet).apply({"params": params}, context, keys, method="text_kv")
 
 
 @partial(jax.jit, static_argnames="config")
-def embed_timesteps(params: Params, t: Array, *, config: ModelConfig) -> Any:
+def embed_timesteps(
+    params: Params, t: Array, adapters: Any = None, gates: Array | None = None, *, config: ModelConfig
+) -> Any:
     """Timesteps f[...] -> the shift of every residual block, f[..., c], for all steps at once. params: "unet"."""
-    return UNet(config.unet).apply({"params": params}, t, method="embed_timesteps")
+    with live(adapters, gates, config, "unet"):
+        return UNet(config.unet).apply({"params": params}, t, method="embed_timesteps")
 
 
 # What a batch takes
@@ -87,29 +130,89 @@ def inpainting_channels(encode: Callable[[Any], Latent], pictures: Any, mask: An
     return jnp.concatenate([hard, encode(pictures * (mask < 0.5))], axis=-1)
 
 
+def contexts(
+    params: Params, prompts: Prompts, gates: Array | None = None, *, config: ModelConfig, skip: int | None = None
+) -> Array:
+    """The texts of pictures as the UNet attends to them, f[b, V, L * l, d], weights applied.
+
+    prompts: leaves [b, ...]. gates: as `Conditioning`. skip: layers of the text encoder to leave out; None: as trained.
+
+    Texts are encoded two by two, and no more of them than some picture has.
+    """
+    b, places, chunks, length = prompts.ids.shape
+
+    def two(i: Array, done: Array) -> Array:
+        def rows(leaf: Array) -> Array:
+            return lax.dynamic_slice_in_dim(leaf, 2 * i, 2, axis=1).reshape(-1, length)
+
+        found = encode_text(
+            params["text"],
+            rows(prompts.ids),
+            prompts.vectors,
+            rows(prompts.seen),
+            params.get("adapters"),
+            gates,
+            config=config,
+            skip=skip,
+        ).reshape(b, 2, chunks, length, -1)
+        return lax.dynamic_update_slice_in_dim(done, found.astype(done.dtype), 2 * i, axis=1)
+
+    dtype = params["text"]["token_embedding"].dtype
+    nothing = jnp.zeros((b, places, chunks, length, config.clip.width), dtype)
+    encoded = lax.fori_loop(0, (jnp.max(prompts.count) + 1) // 2, two, nothing)
+    found = weighted(encoded, prompts).reshape(b, places, chunks * length, -1)
+    last = jnp.minimum(jnp.arange(chunks * length), prompts.own[..., None] * length - 1)
+    found = jnp.take_along_axis(found, last[..., None], axis=2)  # the last row again, for parts of different length
+    if prompts.given.shape[1]:
+        found = jnp.where(prompts.is_given[..., None, None], prompts.given.astype(dtype), found)
+    return found
+
+
 def condition(
     params: Params,
-    ids: Array,
+    prompts: Prompts,
     rows: Rows,
+    gates: Array,
     known: Latent,
     mask: Array,
     concat: Array,
     *,
     config: ModelConfig,
     skip: int | None = None,
-) -> Conditioning:
-    """All that the UNet sees besides x and the noise level.
+) -> tuple[Conditioning, Any]:
+    """All that the UNet sees besides x and the noise level, and the keys and values of the first row's texts.
 
-    ids: i32[b, 2, l], tokens of the negative prompt, then of the prompt.
-    rows: leaves [b, s, ...], for the timesteps of every call.
-    known, mask, concat: see `Conditioning`.
-    skip: layers of the text encoder to leave out; None: as trained.
+    prompts: leaves [b, ...]. rows: leaves [b, s, ...], for the timesteps of every call. gates, known, mask, concat: see
+    `Conditioning`. skip: layers of the text encoder to leave out; None: as trained.
     """
-    context = encode_text(params["text"], ids.reshape(-1, ids.shape[-1]), config=config, skip=skip)
-    kv = text_kv(params["unet"], context, config=config)
-    kv = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), kv)
-    shifts = embed_timesteps(params["unet"], rows.levels.t, config=config)
-    return Conditioning({"unet": kv}, {"unet": shifts}, known, mask, concat)
+    found = contexts(params, prompts, gates, config=config, skip=skip)
+    shifts = embed_timesteps(params["unet"], rows.levels.t, params.get("adapters"), gates, config=config)
+    given = Conditioning(
+        contexts=found,
+        keys=prompts.keys,
+        texts=prompts.texts,
+        changed=prompts.changed,
+        strengths=prompts.strengths,
+        parts=prompts.parts,
+        shifts={"unet": shifts},
+        gates=gates,
+        known=known,
+        mask=mask,
+        concat=concat,
+    )
+    return given, kv_of(params, given, prompts.texts[:, 0, :2], config=config)
+
+
+def kv_of(params: Params, given: Conditioning, texts: Array, *, config: ModelConfig) -> Any:
+    """Keys and values of some texts of every picture, i32[b, n], pictures first: leaves f[b, n, l, heads, d]."""
+    b, count = texts.shape
+    length = given.contexts.shape[2]
+    context = jnp.take_along_axis(given.contexts, texts[..., None, None], axis=1).reshape(b * count, length, -1)
+    keys = None
+    if length > config.clip.length:
+        keys = jnp.arange(length) < jnp.take_along_axis(given.keys, texts, axis=1).reshape(-1, 1)
+    kv = text_kv(params["unet"], context, keys, params.get("adapters"), given.gates, config=config)
+    return {"unet": jax.tree.map(lambda leaf: leaf.reshape(b, count, *leaf.shape[1:]), kv)}
 
 
 @jax.jit
@@ -141,27 +244,41 @@ def initial_latents(
 
 @dataclass(frozen=True)
 class MakeDenoiser:
-    """(params, `Conditioning`, rows) -> Denoiser; equal for equal fields, so that it can be static under jit."""
+    """(params, `Conditioning`, kv, rows) -> Denoiser; equal for equal fields, so that it can be static under jit."""
 
     config: ModelConfig
 
-    def __call__(self, params: Params, given: Conditioning, index: Array) -> Denoiser:
-        shifts = at_rows(given.shifts["unet"], index)
+    def held(self, params: Params, given: Conditioning, kv: Any, index: Array) -> Any:
+        """The keys and values of the texts that pictures see at their rows; worked out anew where one has changed."""
+        texts = at_rows(given.texts, index)[:, :2]
+        changed = at_rows(given.changed, index)
+        return lax.cond(jnp.any(changed), lambda: kv_of(params, given, texts, config=self.config), lambda: kv)
+
+    def __call__(self, params: Params, given: Conditioning, kv: Any, index: Array) -> Denoiser:
+        shifts, texts = at_rows(given.shifts["unet"], index), at_rows(given.texts, index)
 
         def predict(kv: Any, x: Latent) -> Any:
             x = jnp.concatenate([x, given.concat], axis=-1)
-            return predict_noise(params["unet"], x, shifts, kv, config=self.config)
+            return predict_noise(params["unet"], x, shifts, kv, params.get("adapters"), given.gates, config=self.config)
 
         def pair(x: Latent, level: NoiseLevel) -> Any:
             def halves(leaf: Array) -> Array:  # [b, 2, ...] -> the negative prompts', then the prompts' [2b, ...]
                 return jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
-            return predict(jax.tree.map(halves, given.kv["unet"]), x)
+            return predict(jax.tree.map(halves, kv["unet"]), x)
 
-        def one(half: Array | int, x: Latent, level: NoiseLevel) -> Any:
-            return predict(jax.tree.map(lambda leaf: jnp.take(leaf, half, axis=1), given.kv["unet"]), x)
+        def one(which: Array | int, x: Latent, level: NoiseLevel) -> Any:
+            def first_two() -> Any:
+                return jax.tree.map(lambda leaf: jnp.take(leaf, jnp.minimum(which, 1), axis=1), kv["unet"])
 
-        denoise = to_denoiser(guided(pair, one), self.config.schedule.prediction)
+            def further() -> Any:
+                text = jnp.take(texts, which, axis=1)[:, None]
+                found = kv_of(params, given, text, config=self.config)
+                return jax.tree.map(lambda leaf: leaf[:, 0], found["unet"])
+
+            return predict(first_two() if isinstance(which, int) else lax.cond(which < 2, first_two, further), x)
+
+        denoise = to_denoiser(guided(pair, one, given.strengths, given.parts), self.config.schedule.prediction)
         return keep_known(denoise, given.known, given.mask)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -15,10 +18,16 @@ from sdjax import image as images
 from sdjax.config import ModelConfig
 from sdjax.devices.placement import HERE, Placement, placement_on
 from sdjax.devices.platform import pinned
+from sdjax.models.adapters import merged
+from sdjax.pipeline.adapters import Adapting, Library, check_strength, lora_of
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
-from sdjax.pipeline.programs import programs
+from sdjax.pipeline.programs import encoder, programs
 from sdjax.request import BATCH, Request, check_positive, check_request, requests_for
+from sdjax.storage.cache import digest_of, digest_of_all
+from sdjax.text.embeddings import Embedding, Vocabulary
+from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read
+from sdjax.text.syntax import LoraTag
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.types import Params
 
@@ -32,6 +41,8 @@ class Pipeline:
     tokenizer: of its text encoder.
     name: for messages.
     placement: the devices that it runs on (`on`).
+    library: where adapters are found that requests name.
+    embeddings: learnt words that prompts may hold.
 
     The three tasks take the settings of `Request` by keyword, and
         count: pictures of each prompt, with seeds seed, seed + 1, ...;
@@ -46,6 +57,8 @@ class Pipeline:
     tokenizer: Tokenizer
     name: str = "unnamed"
     placement: Placement = HERE
+    library: Library = field(default_factory=Library)
+    embeddings: Vocabulary | None = None
 
     def on(
         self,
@@ -69,6 +82,77 @@ class Pipeline:
         options |= _renamed(earlier, {"model": "model_parallel", "exact": "batch_invariant"}, "on")
         placement = placement_on(jax.local_devices() if devices is None else devices, **options)
         return dataclasses.replace(self, params=placement.put(self.params), placement=placement)
+
+    def with_adapters(self, adapters: Mapping[str | Path, float | tuple[float, float] | Sequence[float]]) -> Pipeline:
+        """The same pipeline with adapters (LoRA, LyCORIS) merged into its parameters: nothing is compiled anew.
+
+        adapters: file -> its weight, or (weight of the UNet, weight of the text encoder).
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it is no adapter, or one for another model.
+        """
+        tags = []
+        for file, weights in adapters.items():
+            unet, text = weights if isinstance(weights, Sequence) else (weights, weights)
+            tags.append(check_strength(LoraTag(str(file), text, unet)))
+        wanted = self.library.wanted(tags, self.config)
+        learnt = [Embedding(name, v, str(one.source)) for one, _ in wanted for name, v in one.embeddings.items()]
+        words = self.words.with_embeddings(learnt)
+        return dataclasses.replace(self, params=merged(self.params, wanted, self.config), embeddings=words.learnt)
+
+    def with_embeddings(self, *paths: str | Path) -> Pipeline:
+        """The same pipeline with learnt words (textual inversion), each called by its trigger in prompts.
+
+        paths: files, or folders of them.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it is no embedding, or one for another model.
+        """
+        from convert.embeddings import read_embeddings, read_folder
+
+        found: list[Embedding] = []
+        clip = self.config.clip
+        for path in map(Path, paths):
+            if path.is_dir():
+                learnt, notes = read_folder(path, clip.width, most=clip.length - 2)
+                for note in notes:
+                    warnings.warn(note, stacklevel=2)
+                found += learnt
+            else:
+                found += read_embeddings(path, clip.width, most=clip.length - 2)
+        return dataclasses.replace(self, embeddings=self.words.with_embeddings(found).learnt)
+
+    @property
+    def words(self) -> Words:
+        """What prompts become tokens by."""
+        return Words(self.tokenizer, self.config.clip.length, self.config.clip.vocab_size, self.embeddings)
+
+    def encode(self, prompts: str | Sequence[str], *, weighting: str = "a1111", clip_skip: int | None = None) -> Any:
+        """Prompts as the UNet attends to them, f32[rows, d] each; as a request's prompt they give the same picture.
+
+        prompts: one, or several that are encoded to the same length, so that there is something between them
+            (`sdjax.text.prompt.interpolated`).
+        weighting, clip_skip: as in `Request`.
+
+        Raises:
+            ValueError: a prompt has a schedule, parts or networks, which numbers cannot say.
+        """
+        clip, encoded = self.config.clip, []
+        for text in [prompts] if isinstance(prompts, str) else prompts:
+            check_request(Request(text, weighting=weighting, clip_skip=clip_skip), self.config, self.name)
+            found = read(text, weighting, steps=1000)
+            if len(found.parts) > 1 or len(found.parts[0].texts) > 1 or found.parts[0].weight != 1 or found.loras:
+                raise ValueError(f"{text!r:.100} is no single text: encode takes no schedule, AND or <lora:...>")
+            laid = lay_out(
+                read(""), found, self.words, rows=1, weighting=weighting, pad_token=clip.pad_token, width=clip.width
+            )
+            prompts_of_one = jax.tree.map(lambda leaf: leaf[None], laid)
+            contexts = encoder(self.config, self.placement, clip_skip)(self.params, prompts_of_one)
+            encoded.append(np.asarray(contexts[0, :2], np.float32)[:, : int(laid.own[1]) * clip.length])
+        longest = max(len(pair[1]) for pair in encoded)
+        empty = [np.tile(pair[0, : clip.length], ((longest - len(pair[1])) // clip.length, 1)) for pair in encoded]
+        rows = [np.concatenate([pair[1], rest]) for pair, rest in zip(encoded, empty, strict=True)]
+        return rows[0] if isinstance(prompts, str) else rows
 
     def text_to_image(
         self, prompt: str | Sequence[str], negative_prompt: str = "", **settings: Any
@@ -118,6 +202,7 @@ class Pipeline:
         batch_size: int = BATCH,
         progress: Progress | None = None,
         on_error: Callable[[Request, Exception], None] | None = None,
+        live_adapters: bool = True,
         **earlier: Any,
     ) -> Iterator[tuple[Request, Image.Image]]:
         """Each request with its picture, as they become ready.
@@ -131,6 +216,8 @@ class Pipeline:
         progress: called after every row of the sampler; batches then run one after the other, each to its end.
         on_error: called for a request that cannot be made, and the others are; without it, and where `requests` itself
             fails, no more are taken, and the error is raised when those before it have been handed out.
+        live_adapters: whether pictures with different adapters share batches; else each set of adapters is merged into
+            the parameters for the pictures that have it, and no step costs more.
         earlier: `batch`, the name that batch_size had.
 
         Raises:
@@ -139,7 +226,7 @@ class Pipeline:
         """
         batch_size = _batch_size(batch_size, earlier)
         _renamed(earlier, {}, "batch")
-        return self._batch(requests, batch_size, progress, on_error, {})
+        return self._batch(requests, batch_size, progress, on_error, {}, self._adapting(live_adapters))
 
     def _batch(
         self,
@@ -148,6 +235,7 @@ class Pipeline:
         progress: Progress | None,
         on_error: Callable[[Request, Exception], None] | None,
         sources: Sources,
+        adapting: Adapting,
     ) -> Iterator[tuple[Request, Image.Image]]:
         failed: Exception | None = None
 
@@ -171,7 +259,7 @@ class Pipeline:
                     failed = error
                     return
                 try:
-                    yield self._prepared(request, sources)
+                    yield self._prepared(request, sources, adapting)
                 except (ValueError, TypeError, OSError) as error:
                     fail(request, error)
 
@@ -216,24 +304,37 @@ class Pipeline:
         batch_size = _batch_size(batch_size, settings)
         requests = requests_for(prompt, count=count, **settings)
         sources: Sources = {}
-        self._prepared(requests[0], sources)  # all but prompt, seed and noise is the same in the others
+        adapting = self._adapting(False)
+        self._prepared(requests[0], sources, adapting)  # all but prompt, seed and noise is the same in the others
         for request in requests[1:]:
             check_request(request, self.config, self.name)
         at_once = min(batch_size, -(-len(requests) // self.placement.data_parallel))
-        made = {id(request): picture for request, picture in self._batch(requests, at_once, progress, None, sources)}
+        pictures = self._batch(requests, at_once, progress, None, sources, adapting)
+        made = {id(request): picture for request, picture in pictures}
         return [made[id(request)] for request in requests]
 
+    def files_of(self, request: Request) -> dict[str, dict[str, str]]:
+        """The adapters and embeddings that a request uses: {"adapters", "embeddings"}, each path -> sha256."""
+        prompt, negative = request.prompt, request.negative_prompt
+        if not isinstance(prompt, str) or not isinstance(negative, str):
+            return {"adapters": {}, "embeddings": {}}
+        return _files_of(self.library, self.words, prompt, negative, request.weighting, tuple(request.loras))
+
+    def _adapting(self, live: bool) -> Adapting:
+        return Adapting(self.config, self.placement, self.library, live)
+
     @pinned
-    def _prepared(self, request: Request, sources: Sources) -> Prepared:
+    def _prepared(self, request: Request, sources: Sources, adapting: Adapting) -> Prepared:
         """Checks a request and does all that can be done for it alone. sources: pictures that were encoded before."""
-        config, clip, encode = self.config, self.config.clip, programs(self.config, self.placement).encode
+        encode = programs(self.config, self.placement).encode
         return prepare(
             request,
-            config,
+            self.config,
             self.name,
-            tokenize=lambda texts: self.tokenizer(texts, clip.length, clip.pad_token),
+            words=self.words,
             encode=lambda picture: encode(self.params, picture),
             sources=sources,
+            adapt=adapting,
         )
 
     def _finished(
@@ -251,6 +352,27 @@ class Pipeline:
                 f"{'float32' if dtype != np.float32 else 'less guidance, or another file of the model'}"
             )
             fail(one.request, error)
+
+
+@lru_cache(maxsize=1024)
+def _files_of(
+    library: Library, words: Words, prompt: str, negative: str, weighting: str, loras: tuple[str, ...]
+) -> dict[str, dict[str, str]]:
+    tags, vectors = [*map(lora_of, loras)], Vectors(words.vocab_size)
+    for text in (prompt, negative) if loras or words.learnt or "<" in prompt else ():
+        found = read(text, weighting, steps=1000, negative=text is negative)
+        tags += found.loras
+        for part in found.parts if words.learnt else ():
+            for each in dict.fromkeys(each for _, each in part.texts):
+                chunks(each, words, vectors, weighting)
+    paths = {str(path): path for path in (library.find(tag.name) for tag in tags)}
+    learnt = dict.fromkeys(embedding.source for embedding in vectors.used.values() if embedding.source)
+    return {
+        "adapters": {
+            name: digest_of(path) if path.is_file() else digest_of_all([path]) for name, path in paths.items()
+        },
+        "embeddings": {name: digest_of(Path(name)) for name in learnt},
+    }
 
 
 def _batch_size(batch_size: int, named: dict[str, Any]) -> int:

@@ -1,7 +1,8 @@
-"""One request, prepared on the host: its plan, its tokens, its pictures as latents."""
+"""One request, prepared on the host: its plan, its prompts, its adapters, its pictures as latents."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,13 @@ from PIL import Image
 
 from sdjax import image as images
 from sdjax.config import ModelConfig
-from sdjax.diffusion.plan import Plan
+from sdjax.diffusion.plan import Plan, calls_per_step
 from sdjax.diffusion.torch_noise import torch_noise
+from sdjax.models.adapters import no_gates
+from sdjax.pipeline.adapters import Adapted, Weights
 from sdjax.pipeline.functions import inpainting_channels
 from sdjax.request import Request, check_request, plan, size_of
+from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of
 
 SOURCES = 64
 """Encoded pictures that are kept for later requests with the same one."""
@@ -45,7 +49,9 @@ is encoded once.
 class Prepared(NamedTuple):
     """A request that is ready to run.
 
-    ids: i32[2, l], the tokens of negative prompt and prompt.
+    prompts: laid out for the text encoder.
+    weights: the adapters that it shares parameters or a batch by; None without.
+    gates: f[sections, R], its weights of their ranks.
     pure: whether it starts from noise alone.
     shape: requests with equal ones can run together.
     """
@@ -53,7 +59,9 @@ class Prepared(NamedTuple):
     request: Request
     plan: Plan
     source: Source
-    ids: np.ndarray
+    prompts: Prompts
+    weights: Weights | None
+    gates: np.ndarray
     pure: bool
     shape: tuple[Any, ...]
 
@@ -63,16 +71,18 @@ def prepare(
     config: ModelConfig,
     name: str,
     *,
-    tokenize: Callable[[list[str]], np.ndarray],
+    words: Words,
     encode: Callable[[np.ndarray], Any],
     sources: Sources,
+    adapt: Callable[[Request], Adapted] | None = None,
 ) -> Prepared:
     """Checks a request and does all that can be done for it alone.
 
     name: of the model, for messages.
-    tokenize: texts -> ids i32[n, l].
+    words: what prompts become tokens by.
     encode: a picture f32[1, H, W, 3] -> scaled latents f32[1, h, w, c].
     sources: pictures encoded before; what is encoded now is added.
+    adapt: what the adapters that it names make of a request; None: it has none.
 
     Raises:
         TypeError, ValueError, OSError: the request cannot be made; the message says why.
@@ -88,15 +98,72 @@ def prepare(
     latent = source.known.shape[1:]
     if not isinstance(request.noise, str) and np.shape(request.noise) != latent:
         raise ValueError(f"noise must have the shape {latent} for each picture, found {np.shape(request.noise)}")
-    ids = tokenize(["" if full.guidance == 1 else request.negative_prompt, request.prompt])
-    if ids.max() >= config.clip.vocab_size:
-        raise ValueError(
-            f"the tokenizer has tokens up to {ids.max()} and the model {config.clip.vocab_size}; "
-            "use the tokenizer that belongs to the model"
-        )
     planned = plan(full, config)
-    shape = (source.size, request.clip_skip, len(planned.rows.scale))
-    return Prepared(request, planned, source, ids, request.image is None or full.strength == 1, shape)
+    negative, positive = readings(full, config)
+    adapted = Adapted(None, no_gates(config)) if adapt is None else adapt(full)
+    prompts = lay_out(
+        negative,
+        positive,
+        words.with_embeddings(adapted.embeddings),
+        rows=len(planned.rows.scale),
+        weighting=full.weighting,
+        pad_token=config.clip.pad_token,
+        width=config.clip.width,
+    )
+    planned, (weights, gates, _) = steered(planned, prompts), adapted
+    shape = (source.size, request.clip_skip, len(planned.rows.scale), *shape_of(prompts), weights)
+    return Prepared(
+        request, planned, source, prompts, weights, gates, request.image is None or full.strength == 1, shape
+    )
+
+
+def readings(full: Request, config: ModelConfig) -> tuple[Reading | np.ndarray, Reading | np.ndarray]:
+    """A request's negative prompt and prompt, read. full: with every default in its place.
+
+    What there is to tell of them is told as warnings.
+
+    Raises:
+        ValueError: they cannot be used.
+    """
+    steps = (full.steps or 1) * calls_per_step(full.sampler or "")
+    positive = reading(full.prompt, full.weighting, steps, config)
+    is_used = full.guidance != 1 or (isinstance(positive, Reading) and len(positive.parts) > 1)
+    negative = reading(full.negative_prompt if is_used else "", full.weighting, steps, config, negative=True)
+    for prompt in (positive, negative):
+        for note in prompt.notes if isinstance(prompt, Reading) else ():
+            warnings.warn(note, stacklevel=2)
+    return negative, positive
+
+
+def reading(
+    prompt: str | np.ndarray, weighting: str, steps: int, config: ModelConfig, *, negative: bool = False
+) -> Reading | np.ndarray:
+    """A prompt, read; one that is encoded already is checked and stays as it is.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if isinstance(prompt, str):
+        return read(prompt, weighting, steps=steps, negative=negative)
+    array, clip = np.asarray(prompt, np.float32), config.clip
+    if array.ndim != 2 or array.shape[1] != clip.width or not array.shape[0] or array.shape[0] % clip.length:
+        raise ValueError(
+            f"an encoded prompt must be f32[rows, {clip.width}] with rows a multiple of {clip.length}, "
+            f"found {array.shape}; Pipeline.encode makes such"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError("an encoded prompt holds NaN or infinity; encode it again")
+    return array
+
+
+def steered(planned: Plan, prompts: Prompts) -> Plan:
+    """The plan, with the negative prompt used throughout where the parts of a prompt have weights of their own."""
+    if prompts.is_plain:
+        return planned
+    guidance = planned.rows.levels.guidance
+    assert guidance is not None
+    levels = planned.rows.levels._replace(guidance=guidance._replace(used=np.ones_like(guidance.used)))
+    return planned._replace(rows=planned.rows._replace(levels=levels))
 
 
 def initial_noise_of(one: Prepared) -> Any:

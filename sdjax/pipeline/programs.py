@@ -24,9 +24,9 @@ class Programs(NamedTuple):
     """The six programs that make pictures. Parameters are arguments, so that another checkpoint compiles nothing.
 
     encode: (params, pictures f32[1, H, W, 3]) -> latents, a picture at a time.
-    condition: clip_skip -> (params, ids, rows, known, mask, concat) -> `Conditioning`.
+    condition: clip_skip -> (params, prompts, rows, gates, known, mask, concat) -> (`Conditioning`, keys and values).
     initial_latents: (key, noise, drawn, sigma, pure, known, mask) -> carry.
-    sample: (params, state, ticks i32[]) -> (carry, index), what has changed of the state.
+    sample: (params, state, ticks i32[]) -> (carry, index, held), what has changed of the state.
     admit: (state, fresh, places) -> state, with the pictures of `fresh` in some places.
     decode: (params, latents) -> pictures f32[b, H, W, 3].
     """
@@ -39,10 +39,10 @@ class Programs(NamedTuple):
     decode: Program
 
 
-def sample(params: Params, state: State, ticks: Array, *, config: ModelConfig) -> tuple[Carry, Array]:
+def sample(params: Params, state: State, ticks: Array, *, config: ModelConfig) -> tuple[Carry, Array, Any]:
     """`functions.sample`, and of the state what has changed: the rest need not be copied."""
     after = functions.sample(params, state, ticks, config=config)
-    return after.carry, after.index
+    return after.carry, after.index, after.held
 
 
 @lru_cache(maxsize=64)
@@ -55,23 +55,29 @@ def programs(config: ModelConfig, placement: Placement) -> Programs:
 
     @lru_cache
     def condition(skip: int | None) -> Program:
-        return of_params(("text", "unet"), partial(functions.condition, skip=skip), [True] * 5)
+        return of_params(("text", "unet", "adapters"), partial(functions.condition, skip=skip), [True] * 6)
 
     return Programs(
         encode=_taking(("vae",), jitted(partial(functions.encode, config=config), placement)),
         condition=condition,
         initial_latents=parallelize(functions.initial_latents, [True] * 7, placement),
-        sample=of_params(("unet",), sample, [True, False]),
+        sample=of_params(("unet", "adapters"), sample, [True, False]),
         admit=parallelize(loop.admit, [True] * 3, dataclasses.replace(placement, batch_invariant=False)),
         decode=of_params(("vae",), functions.decode, [True]),
     )
+
+
+@lru_cache(maxsize=64)
+def encoder(config: ModelConfig, placement: Placement, skip: int | None) -> Program:
+    """(params, prompts) -> their texts as the UNet attends to them (`functions.contexts`), for `Pipeline.encode`."""
+    return _taking(("text",), jitted(partial(functions.contexts, config=config, skip=skip), placement))
 
 
 def _taking(parts: Sequence[str], program: Program) -> Program:
     """The program, called with all parameters and given those parts of them that it uses."""
 
     def of(params: Params) -> Params:
-        return {part: params[part] for part in parts}
+        return {part: params[part] for part in parts if part in params}
 
     def call(params: Params, *arguments: Any) -> Any:
         return program(of(params), *arguments)

@@ -24,6 +24,7 @@ from PIL import Image, PngImagePlugin
 from sdjax.config import SamplingConfig
 from sdjax.devices.platform import environment
 from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.pipeline.adapters import lora_of
 from sdjax.request import TASKS, Request, Setting, settings, with_defaults
 from sdjax.storage.files import new_file
 
@@ -34,13 +35,21 @@ FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 QUALITY = 95  # of WebP and JPEG
 EXIF_FOLDER, DESCRIPTION, COMMENT = 0x8769, 0x010E, 0x9286
 COMMENT_CODE = b"UNICODE\0"  # EXIF 2.3, section 4.6.5: the code of the text that follows
-ADDED = ("conversion", "environment")
-"""Entries that recipes of earlier versions lack."""
+ADDED: dict[str, Any] = {"conversion": {}, "environment": {}, "weighting": "none", "loras": []}
+ADDED |= {"adapters": {}, "embeddings": {}}
+"""Entries that recipes of earlier versions lack, and what held then."""
 
 UNSHOWN = ("image", "mask", "id")
 """Settings of a request that are not in a recipe as they are."""
 
-KINDS = {"text": str, "int": int, "float": float, "fractions": tuple[float, float], "noise": str}
+KINDS = {
+    "text": str,
+    "texts": tuple[str, ...],
+    "int": int,
+    "float": float,
+    "fractions": tuple[float, float],
+    "noise": str,
+}
 """The types of a recipe's entries, by the kind of the setting."""
 
 
@@ -53,6 +62,7 @@ class RecipeBase:
     dtype: of the parameters.
     image, mask: (path, sha256) of what was given, or None.
     conversion: how a foreign model's file was read (`sdjax.load`).
+    adapters, embeddings: path -> sha256 of those that were used.
     environment: what was set around the process that changes numbers.
     version: of sdjax.
     """
@@ -63,6 +73,8 @@ class RecipeBase:
     image: tuple[str, str] | None
     mask: tuple[str, str] | None
     conversion: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, str] = dataclasses.field(default_factory=dict)
+    embeddings: dict[str, str] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=environment)
     version: str = dataclasses.field(default_factory=lambda: version("sdjax"))
 
@@ -95,8 +107,8 @@ class RecipeBase:
             if unknown := sorted(set(data) - set(kinds)):
                 by = f"it was made by sdjax {data['version']!s:.20}; update yours"
                 raise ValueError(f"{unknown[0]!r:.60} is no entry that is known ({by})")
-            for name in ADDED:
-                data.setdefault(name, {})
+            for name, earlier in ADDED.items():
+                data.setdefault(name, earlier)
             for name, expected in kinds.items():
                 if not _fits(expected, data[name]):
                     raise ValueError(f"{name} cannot be {data[name]!r:.60}")
@@ -110,7 +122,8 @@ class RecipeBase:
 
     def parameters(self) -> str:
         """The text that other tools read: prompt, negative prompt, then one line of settings."""
-        lines = [self.prompt]
+        tags = [lora_of(text) for text in self.loras]
+        lines = [" ".join([self.prompt, *(f"<lora:{Path(tag.name).stem}:{tag.text:g}:{tag.unet:g}>" for tag in tags)])]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
         said: dict[str, Any] = {}
@@ -120,6 +133,10 @@ class RecipeBase:
                 said[known.label] = known.shown(value)
         said = {label: said.pop(label) for label in LABELS if label in said} | said
         said |= {"Size": f"{self.width}x{self.height}", "Model": Path(self.model).name or "built-in"}
+        for label, files in (("Lora hashes", self.adapters), ("TI hashes", self.embeddings)):
+            if files:
+                hashes = ", ".join(f"{Path(path).stem}: {digest[:12]}" for path, digest in files.items())
+                said[label] = f'"{hashes}"'
         said["Version"] = f"sdjax {self.version}"
         lines.append(", ".join(f"{name}: {value}" for name, value in said.items()))
         return "\n".join(lines).encode("utf-8", "replace").decode()
@@ -140,7 +157,8 @@ def recipe_class(kind: type[Request]) -> type[RecipeBase]:
     fields: list[Any] = []
     for name, each in known.items():
         entry: Any = KINDS[each.kind]
-        fields.append((name, entry | None if name in may_lack else entry))
+        more = (dataclasses.field(default=defaults[name]),) if name in ADDED else ()
+        fields.append((name, entry | None if name in may_lack else entry, *more))
     made: Any = dataclasses.make_dataclass(
         "Recipe", fields, bases=(RecipeBase,), frozen=True, kw_only=True, namespace={"settings": known}
     )
@@ -159,6 +177,8 @@ def _fits(kind: Any, value: Any) -> bool:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in args:
         return value is None or _fits(args[0], value)
+    if origin is tuple and args[-1] is Ellipsis:
+        return isinstance(value, list) and all(_fits(args[0], one) for one in value)
     if origin is tuple:
         return isinstance(value, list) and len(value) == len(args) and all(map(_fits, args, value))
     if origin is dict:
@@ -178,6 +198,8 @@ def recipe_of(
     image: tuple[str, str] | None = None,
     mask: tuple[str, str] | None = None,
     conversion: dict[str, Any] | None = None,
+    adapters: dict[str, str] | None = None,
+    embeddings: dict[str, str] | None = None,
 ) -> Recipe:
     """The recipe of a request's picture.
 
@@ -189,7 +211,8 @@ def recipe_of(
     values |= dict(width=picture.width, height=picture.height)
     values["strength"] = None if image is None else resolved.strength
     task = "txt2img" if image is None else "img2img" if mask is None else "inpaint"
-    return made(task=task, model=model, dtype=dtype, image=image, mask=mask, conversion=conversion or {}, **values)
+    values |= dict(adapters=adapters or {}, embeddings=embeddings or {}, conversion=conversion or {})
+    return made(task=task, model=model, dtype=dtype, image=image, mask=mask, **values)
 
 
 def file_hash(path: str | Path) -> str:

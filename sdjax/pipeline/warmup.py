@@ -19,6 +19,8 @@ from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.prepare import prepare
 from sdjax.pipeline.programs import programs
 from sdjax.request import Request
+from sdjax.text.prompt import Words
+from sdjax.text.tokenizer import Tokenizer, clip_tokenizer
 from sdjax.types import Params
 
 
@@ -31,6 +33,7 @@ def programs_for(
     dtype: str = "float32",
     placement: Placement = HERE,
     shapes: Params | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Lower]:
     """The programs that make pictures of a request's shape, by name; each is traced when it is called.
 
@@ -40,6 +43,7 @@ def programs_for(
     batch_size: pictures at once on each device.
     dtype: of the parameters.
     shapes: of the parameters, if they are known (`checkpoint.metadata`).
+    tokenizer: by which prompts are divided into chunks; None: CLIP's own.
 
     Raises:
         ValueError, FileNotFoundError: as `Pipeline.batch`.
@@ -52,14 +56,12 @@ def programs_for(
     params = {part: jax.tree.map(partial(struct, part), known[part]) for part in known}
     cell, latent = config.vae.downscale, config.vae.latent_channels
 
-    def no_tokens(texts: list[str]) -> np.ndarray:
-        return np.zeros((len(texts), config.clip.length), np.int32)
-
     def no_latents(picture: np.ndarray) -> np.ndarray:
         height, width = picture.shape[1] // cell, picture.shape[2] // cell
         return np.zeros((1, height, width, latent), np.float32)
 
-    one = prepare(request, config, config.name, tokenize=no_tokens, encode=no_latents, sources={})
+    words = Words(tokenizer or clip_tokenizer(), config.clip.length, vocab_size=2**31)  # only their number counts
+    one = prepare(request, config, config.name, words=words, encode=no_latents, sources={})
     uniform = placement.model_parallel > 1
     batch = assemble([one] * batch_size * placement.data_parallel, config, uniform=uniform)
     condition = partial(jax.eval_shape, partial(functions.condition, config=config, skip=request.clip_skip))
@@ -94,6 +96,7 @@ def warm_up(pipe: Pipeline, width: int, height: int, batch_size: int) -> dict[st
     with compilations() as seconds:
         with compile_in_background() as start:
             known: dict[str, Any] = dict(dtype=dtype, placement=pipe.placement, shapes=pipe.params)
+            known |= dict(tokenizer=pipe.tokenizer)
             start(programs_for(requests[0], pipe.config, batch_size, **known).values())
         for _ in pipe.batch(requests, batch_size=batch_size):  # of one step and of two, so that places are taken anew
             pass

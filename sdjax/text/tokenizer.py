@@ -97,6 +97,11 @@ class Tokenizer:
     def end(self) -> int:
         return self._id(END)
 
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma by itself; None for a tokenizer that has none."""
+        return self.engine.token_to_id(",</w>")
+
     def _id(self, token: str) -> int:
         found = self.engine.token_to_id(token)
         assert found is not None, "every engine is built with both"
