@@ -49,7 +49,7 @@ def steps() -> list[tuple[str, str, str, str]]:
     encoded = jax.eval_shape(partial(functions.encode, config=config), params, picture)
     decoded = jax.eval_shape(partial(functions.decode, config=config), params, after.carry.x)
     conditioning, held = given
-    kv, shifts = jax.tree.leaves(held["unet"]), jax.tree.leaves(conditioning.shifts["unet"])
+    kv = jax.tree.leaves(held["unet"])
     rows = f"{state.rows.scale.shape[1]} rows of the sampler's table"
     return [
         (
@@ -62,7 +62,7 @@ def steps() -> list[tuple[str, str, str, str]]:
             "condition",
             f"token ids {shape(batch.prompts.ids)} with weights, {rows}",
             "CLIP text encoder, weights of the prompt, keys and values, timesteps",
-            f"texts {shape(conditioning.contexts)}, {len(kv)} keys and values such as {shape(kv[0])}, {len(shifts)} shifts such as {shape(shifts[0])}",
+            f"texts {shape(conditioning.contexts)}, {len(kv)} keys and values such as {shape(kv[0])}, shifts",
         ),
         (
             "initial_latents",

@@ -112,7 +112,7 @@ def test_csv_and_txt_say_the_same_as_json_lines():
         ("{", "not JSON"),
         ("[1]", r"expected an object \{...\}, found \[1\]"),
         ("{}", "the prompt is missing"),
-        ('{"prompt": 3}', "prompt must be a string, found 3"),
+        ('{"prompt": 3}', "prompt must be a string, or an encoded prompt"),
         ('{"prompt": "a", "stepz": 3}', "unknown field 'stepz'; the fields are id, prompt"),
         ('{"prompt": "a", "steps": 2.5}', "steps must be a whole number above 0, found 2.5"),
         ('{"prompt": "a", "guidance": NaN}', "guidance must be a finite number, found nan"),
@@ -337,6 +337,9 @@ from tests.small import SMALL
 
 class Painter:  # stands for a Pipeline: the files are what is tested
     config = SMALL
+
+    def files_of(self, request):
+        return {}
 
     def batch(self, requests, batch_size, on_error):
         for request in requests:

@@ -22,6 +22,7 @@ from sdjax.diffusion.plan import stack_plans
 from sdjax.diffusion.sample import first_state, image_keys, initial_noise
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, q_sample
+from sdjax.models.adapters import no_gates
 from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -150,9 +151,11 @@ def test_progress_sees_every_step_and_changes_nothing(pipe, astronaut):
     assert np.abs(pixels(picture) - pixels(astronaut)).max() <= 1
 
 
-def test_a_prompt_that_is_too_long_warns(pipe):
-    with pytest.warns(UserWarning, match="80 tokens and only 75 fit; this was cut off: 'cat cat cat cat cat'"):
-        pipe.text_to_image("cat " * 80, **FAST)
+def test_no_word_of_a_long_prompt_is_lost(pipe):
+    """Eighty words are two chunks, and the last five of them count."""
+    (long,) = pipe.text_to_image("cat " * 80, **FAST)
+    (other,) = pipe.text_to_image("cat " * 75 + "dog " * 5, **FAST)
+    assert distance(long, other) > 0
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -376,9 +379,12 @@ def test_another_prompt_guidance_seed_or_model_compiles_nothing(pipe, photo, ast
 def test_parameters_are_arguments_and_never_constants(pipe):
     rows, calls = stack_plans([plan(Request("a cat", steps=4), SMALL)])
     known, mask, concat = (jnp.zeros((1, 5, 7, channels)) for channels in (4, 1, 0))
-    ids = np.zeros((1, 2, SMALL.clip.length), np.int32)
-    given = functions.condition(pipe.params, ids, rows, known, mask, concat, config=SMALL)
-    traced = functions.sample.trace(pipe.params, first_state(rows, calls, known, image_keys([0]), given), config=SMALL)
+    prompts = jax.tree.map(lambda leaf: leaf[None], pipe._prepared(Request("a cat"), {}).prompts)
+    given, kv = functions.condition(
+        pipe.params, prompts, rows, no_gates(SMALL)[None], known, mask, concat, config=SMALL
+    )
+    state = first_state(rows, calls, known, image_keys([0]), given, kv)
+    traced = functions.sample.trace(pipe.params, state, config=SMALL)
     assert max((np.size(constant) for constant in constants(traced.jaxpr)), default=0) < 100
 
 

@@ -55,7 +55,7 @@ def test_pictures_are_those_of_one_device(pipe, alone, placement):
 def latents(pipe, requests, placement):
     """float32, before they are made into pictures."""
     of_model, params = programs(MINI, placement), placement.put(pipe.params)
-    carry, _ = of_model.sample(params, state_for(pipe, requests, placement, params), np.int32(64))
+    carry, *_ = of_model.sample(params, state_for(pipe, requests, placement, params), np.int32(64))
     return np.asarray(carry.x)
 
 

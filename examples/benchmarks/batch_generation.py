@@ -135,7 +135,7 @@ def loop(pipe: Pipeline, options: argparse.Namespace) -> None:
     config, request = pipe.config, Request("red heart", steps=options.steps, sampler="dpmpp_2m")
     planned = plan(request, config)
     for count in (1, BATCH):
-        batch = assemble([pipe._prepared(request, {}, pipe._adapting(True))] * count, config)
+        batch = assemble([pipe._prepared(request, {})] * count, config)
         given, kv = conditioned(partial(condition, config=config), pipe.params, batch)
         bounded = state_of(batch, initial(initial_latents, batch), (given, kv))
         by_row = dict(shifts=given.shifts, texts=given.texts, changed=given.changed)

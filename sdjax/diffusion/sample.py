@@ -53,9 +53,9 @@ class State(NamedTuple):
     held: Any = None
 
 
-def first_state(rows: Rows, calls: Any, x: Latent, key: Array, given: Any) -> State:
+def first_state(rows: Rows, calls: Any, x: Latent, key: Array, given: Any, held: Any = None) -> State:
     """The state before the first row; x: f32[b, h, w, c] at the first row's level, in sigma space."""
-    return State(first_carry(x), jnp.zeros(len(x), jnp.int32), rows, calls, key, given)
+    return State(first_carry(x), jnp.zeros(len(x), jnp.int32), rows, calls, key, given, held)
 
 
 def image_keys(seeds: Any) -> Array:

@@ -4,7 +4,7 @@ Merged: W' = W + sum_i s_i D_i, each D_i from the untouched W (`merged`); the sh
 no step costs more. Live, for those of low rank: y = W x + up (gate * (down x)) for every `Dense` and `Conv` that an
 adapter is for (Hu et al. 2021, eq. 3), with gates of its own for every picture of a batch (`live`): no model file knows
 of it. The ranks of all adapters stand side by side in one pair (down, up); a picture's gate is its weight of each rank,
-0 for adapters that are not its own, and what is gated by 0 gives the plain network to the bit.
+0 for adapters that are not its own, and what is gated by 0 adds exactly 0.
 """
 
 from __future__ import annotations

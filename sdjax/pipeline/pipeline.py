@@ -324,8 +324,11 @@ class Pipeline:
         return Adapting(self.config, self.placement, self.library, live)
 
     @pinned
-    def _prepared(self, request: Request, sources: Sources, adapting: Adapting) -> Prepared:
-        """Checks a request and does all that can be done for it alone. sources: pictures that were encoded before."""
+    def _prepared(self, request: Request, sources: Sources, adapting: Adapting | None = None) -> Prepared:
+        """Checks a request and does all that can be done for it alone.
+
+        sources: pictures that were encoded before. adapting: adapters that are in use; None: it is alone.
+        """
         encode = programs(self.config, self.placement).encode
         return prepare(
             request,
@@ -334,7 +337,7 @@ class Pipeline:
             words=self.words,
             encode=lambda picture: encode(self.params, picture),
             sources=sources,
-            adapt=adapting,
+            adapt=adapting or self._adapting(True),
         )
 
     def _finished(
