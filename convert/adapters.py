@@ -12,21 +12,27 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.diffusers import without_unused_layers
 from convert.files.open import open_source
 from convert.files.source import DTYPES, FLOATS, CheckpointError, Source
 from convert.names import entries
+from convert.read import Converted
 from sdjax.config import ModelConfig
 from sdjax.models.adapter_forms import Path, Update, expected_shapes, form_of, missing_of, to_theirs
-from sdjax.models.adapters import Adapter
+from sdjax.models.adapters import Adapter, Change, Strength, Wanted, changed_leaf, touched
+from sdjax.models.params import dtype_of
 from sdjax.storage.files import new_file
+from sdjax.text.syntax import check_strength, lora_of
 from sdjax.types import Params
 
 SUFFIXES = {f"{dot}lora_{end}.weight": f"lora_{end}" for end in ("down", "up", "mid") for dot in "._"}
@@ -44,7 +50,7 @@ SUFFIXES |= {
 }
 SUFFIXES |= {f".lora_{letter}{adapter}.bias": "lora_up.bias" for letter in ("B", "up") for adapter in ("", ".default")}
 SUFFIXES |= {
-    f".lora_magnitude_vector{adapter}{end}": "dora_scale" for adapter in ("", ".default") for end in ("", ".weight")
+    f".lora_magnitude_vector{adapter}{end}": "magnitude" for adapter in ("", ".default") for end in ("", ".weight")
 }
 SUFFIXES |= {
     f".{name}": name
@@ -251,7 +257,8 @@ def _modules(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
             rest.append(name)
         else:
             modules.setdefault(name.removesuffix(ending), {})[SUFFIXES[ending]] = name
-    return modules, rest
+    plain = [module for module, names in modules.items() if set(names) == {"weight"}]  # of a model, not of (IA)3
+    return modules, [*rest, *(modules.pop(module)["weight"] for module in plain)]
 
 
 def _is_embedding(name: str, source: Source) -> bool:
@@ -324,9 +331,8 @@ def _scales(settings: Mapping[str, Any], path: FilePath) -> Scales:
         if said is None:
             return None
         alpha = said.get("lora_alpha", rank)
-        for pattern, own in (said.get("alpha_pattern") or {}).items():
-            if module == pattern or module.endswith(f".{pattern}") or re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = own
+        patterns = said.get("alpha_pattern") or {}
+        alpha = next((own for pattern, own in patterns.items() if _fits(pattern, module)), alpha)
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise CheckpointError(f"{path}: lora_alpha is {alpha!r:.40}; expected a number")
         return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
@@ -334,14 +340,23 @@ def _scales(settings: Mapping[str, Any], path: FilePath) -> Scales:
     return scale
 
 
+def _fits(pattern: str, module: str) -> bool:
+    """Whether a module is meant by a name or expression of peft's."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except re.error:
+        return module == pattern or module.endswith(f".{pattern}")
+
+
 def _update(
     source: Source, path: FilePath, module: str, names: Mapping[str, str], target: Target, scale_of: Scales
 ) -> Update:
     """What a file says of one module, checked."""
-    form = form_of(set(names))
+    kinds = {"dora_scale" if kind == "magnitude" else kind for kind in names}
+    form = form_of(kinds)
     if form is None:
-        lacking = missing_of(set(names))
-        there = ", ".join(sorted(names))
+        lacking = missing_of(kinds)
+        there = ", ".join(sorted(kinds))
         raise CheckpointError(
             f"{path}: {module} has {there}"
             + (f" and lacks {lacking}" if lacking else ", which is no form that is known")
@@ -353,17 +368,19 @@ def _update(
             what = source.unusable.get(name, f"has the dtype {info.dtype}, expected floating point")
             raise CheckpointError(f"{path}: {name} {what}")
         array = source.read(name)
-        if info.dtype in FLOATS and not is_finite(array):
+        if info.dtype in FLOATS and kind != "alpha" and not is_finite(array):
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; the file is broken, get another one")
         if not array.size:
             raise CheckpointError(f"{path}: {name} has the shape {array.shape}, which holds nothing")
-        if kind == "dora_scale" and array.ndim == 1:  # as peft has it, one for each row
-            array = array.reshape(-1, *[1] * (len(target.shape) - 1))
+        if kind == "magnitude":  # peft's, one for each row
+            kind, array = "dora_scale", array.reshape(-1, *[1] * (len(target.shape) - 1))
         tensors[kind] = array
     update = Update(form, tensors, target.shape, target.kernel, target.kernel_shape, target.bias)
     wrong = expected_shapes(update)
     if wrong is not None:
         raise CheckpointError(f"{path}: {module}: {wrong}{_other_width(names, source, target)}")
+    if not math.isfinite(update.k):
+        raise CheckpointError(f"{path}: {names['alpha']} holds NaN or infinity; the file is broken, get another one")
     if update.change_of_bias() is not None and target.bias is None:
         raise CheckpointError(f"{path}: {module} changes a bias, and the model has none there")
     if form == "lora" and "alpha" not in tensors and (scale := scale_of(module, len(tensors["lora_down"]))) is not None:
@@ -459,8 +476,10 @@ def _listed(source: Source, names: list[str], path: FilePath, config: ModelConfi
     """Modules of a plain list [up, down, up, down, ...], as the same program wrote it at first."""
     part = "text_encoder" if ".text_encoder" in path.name else "unet"
     order = list(_text_order(config) if part == "text_encoder" else _unet_order(config))
-    if len(names) % 2 or len(names) // 2 > len(order):
-        raise CheckpointError(f"{path}: a list of {len(names)} tensors; expected pairs for up to {len(order)} modules")
+    if len(names) != 2 * len(order):
+        raise CheckpointError(
+            f"{path}: a list of {len(names)} tensors; expected {2 * len(order)}, a pair for each module of the {part}"
+        )
     modules: dict[str, dict[str, str]] = {}
     for name in names:
         number = int(name)
@@ -470,16 +489,67 @@ def _listed(source: Source, names: list[str], path: FilePath, config: ModelConfi
 
 def _cut(adapter: Adapter, ranks: int, path: FilePath) -> Adapter:
     """The adapter with its first ranks alone, as DyLoRA means it; its strength stays that of the whole."""
-    import dataclasses
-
     updates = {}
     for kernel, update in adapter.updates.items():
         if update.form != "lora" or "lora_mid" in update.tensors:
             raise CheckpointError(f"{path}: holds {update.form}, of which no rank can be cut off; leave out dyn")
         tensors = dict(update.tensors)
         tensors["lora_down"], tensors["lora_up"] = tensors["lora_down"][:ranks], tensors["lora_up"][:, :ranks]
-        updates[kernel] = dataclasses.replace(update, tensors=tensors, scale=update.k)
-    return dataclasses.replace(adapter, updates=updates)
+        updates[kernel] = replace(update, tensors=tensors, scale=update.k)
+    return replace(adapter, updates=updates)
+
+
+# Baking
+
+
+@dataclass(frozen=True, eq=False)
+class Baked:
+    """A parameter with adapters in it, worked out when `np.asarray` asks for it and rounded once."""
+
+    leaf: Any
+    changes: list[Change]
+    config: ModelConfig
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.leaf.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        leaf = np.asarray(self.leaf)
+        found = changed_leaf(leaf, self.changes, self.config, self.dtype) if self.changes else leaf.astype(self.dtype)
+        return found if dtype is None else found.astype(dtype)
+
+
+def baked(params: Params, wanted: Wanted, config: ModelConfig, dtype: str = "keep") -> Params:
+    """The parameters with adapters in them, worked out one by one when they are asked for.
+
+    dtype: to round to; "keep" for the one that each has.
+    """
+    changes = touched(wanted)
+
+    def bake(path: Any, leaf: Any) -> Baked:
+        keys = tuple(key.key for key in path)
+        own = np.dtype(leaf.dtype) if dtype == "keep" else jnp.dtype(dtype_of(keys[0], dtype))
+        return Baked(leaf, changes.get(keys, []), config, own)
+
+    return jax.tree_util.tree_map_with_path(bake, params)
+
+
+def with_loras(converted: Converted, loras: Sequence[str], dtype: str) -> Converted:
+    """A model that is read with dtype "keep", with adapters in its parameters.
+
+    loras: "FILE[:WEIGHT[:TEXT_WEIGHT]]". dtype: of the result.
+
+    Raises:
+        ValueError, FileNotFoundError: a file or weight cannot be used.
+    """
+    config, wanted = converted.config, []
+    for tag in map(check_strength, map(lora_of, loras)):
+        adapter = read_adapter(tag.name, config)
+        converted.report.notes += [f"{tag.name}: {note}" for note in adapter.notes]
+        wanted.append((adapter, Strength(tag.unet, tag.text)))
+    return replace(converted, params=baked(converted.params, wanted, config, dtype))
 
 
 # Writing
@@ -543,7 +613,7 @@ def extract(
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Adapter:
-    """The LoRA that makes one model of another, as nearly as its rank allows: the first singular vectors of each change.
+    """The LoRA that makes one model of another, as nearly as its rank allows: the changes' first singular vectors.
 
     base, tuned: parameters of the same configuration; leaves may be read when they are asked for.
     rank: of every module that changed.
@@ -616,8 +686,6 @@ def _factors(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, flo
 
 def _other_changes(base: Params, tuned: Params, seen: set[Path]) -> list[str]:
     """Parameters of the UNet and the text encoder that differ and are no matrix."""
-    import jax
-
     found = []
     for part in ("unet", "text"):
         paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(base[part])[0]]

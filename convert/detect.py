@@ -210,6 +210,8 @@ def contents(source: Source, parts: Iterable[Part]) -> str:
         return " and ".join(held)
     if len(source.tensors) == 1 and [n for n in next(iter(source.tensors.values())).shape if n != 1][-1:] in _WIDTHS:
         return "a textual inversion embedding"
+    if all(name.isdigit() for name in source.tensors):
+        return f"a list of {len(source.tensors)} tensors and nothing of a Stable Diffusion model"
     few = ", ".join(list(source.tensors)[:3])
     return f"nothing of a Stable Diffusion model (its tensors are called {few})"[:300]
 

@@ -14,10 +14,11 @@ from sdjax.cli import main
 from sdjax.devices.compilation import compilations
 from sdjax.models.adapter_forms import Update
 from sdjax.models.adapters import Adapter, merged, no_gates
-from sdjax.pipeline.adapters import RANKS, Library, lora_of, modules_of, tags_of
+from sdjax.pipeline.adapters import RANKS, Library, modules_of, tags_of
 from sdjax.pipeline.functions import predict_noise, text_kv
 from sdjax.pipeline.recipe import read_parameters, read_recipe
 from sdjax.request import Request
+from sdjax.text.syntax import lora_of
 from tests.small import MINI, mini
 
 SETTINGS = dict(width=8, height=8, steps=3, guidance=4.0, sampler="euler")

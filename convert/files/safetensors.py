@@ -90,7 +90,8 @@ def _check(path: Path, header: dict[str, Any], size: int) -> tuple[dict[str, str
     if not strings:
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     if not 0 < len(header) <= MAX_TENSORS:
-        raise CheckpointError(f"{path}: {len(header)} tensors; expected 1 to {MAX_TENSORS}")
+        none = "" if header else "holds no tensors: "
+        raise CheckpointError(f"{path}: {none}{len(header)} tensors; expected 1 to {MAX_TENSORS}")
     nested = all(name.startswith(OLD_PREFIX) for name in header)
     places: Places = {}
     unusable: dict[str, str] = {}

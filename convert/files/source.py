@@ -142,8 +142,8 @@ def unwrap(
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """The tensors in what a pickle held, by dotted name; what else was there, name -> type or value; and its metadata.
 
-    `state_dict` wrappers, and others of one key, are opened; an empty one inside is left out. A list of dicts counts as
-    a dict with the keys 0, 1, ...
+    `state_dict` wrappers, and others of one key, are opened; an empty one inside is left out. A list of dicts or
+    tensors counts as a dict with the keys 0, 1, ...
 
     Raises:
         CheckpointError: no dict, nested too deep, with too many entries or odd names.
@@ -177,7 +177,7 @@ def unwrap(
                 check_name(path, name)
                 tensors[name] = value
 
-    if type(state) is list and state and all(isinstance(item, dict) for item in state):
+    if type(state) is list and state and all(isinstance(item, dict) or is_tensor(item) for item in state):
         state = {str(place): item for place, item in enumerate(state)}
     for _ in range(MAX_DEPTH):
         state = _plain(state)
@@ -202,6 +202,10 @@ def unwrap(
     flatten(state, "", 1)
     if not tensors:
         held = ", ".join(f"{name} ({what})" for name, what in list(skipped.items())[:3])
+        if "layer_structure" in skipped:
+            raise CheckpointError(
+                f"{path}: a hypernetwork, which is not supported; expected a model, LoRA or embedding"
+            )
         raise CheckpointError(f"{path}: holds no tensors" + (f", but {held}" if held else ""))
     return tensors, skipped, metadata
 

@@ -300,6 +300,8 @@ def _glora_misfit(t: Tensors, shape: tuple[int, ...]) -> str | None:
 
 def _oft_misfit(t: Tensors, shape: tuple[int, ...]) -> str | None:
     blocks = t["oft_blocks" if "oft_blocks" in t else "oft_diag"]
+    if blocks.ndim == 4:
+        return "it is BOFT, which is not applied"
     n, b = blocks.shape[:2]
     good = blocks.shape == (n, b, b) and n * b == shape[0]
     return None if good else f"its blocks have the shape {blocks.shape}, expected n x b x b with n b = {shape[0]}"

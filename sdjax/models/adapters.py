@@ -63,6 +63,9 @@ class Strength(NamedTuple):
 
 Wanted = Sequence[tuple[Adapter, Strength]]
 
+Change = tuple[Update, Strength, bool]
+"""An update with its strength, and whether it is that of the bias."""
+
 
 # Strengths
 
@@ -135,9 +138,9 @@ def strength_at(strength: Strength, path: Path, config: ModelConfig) -> float:
 # Merged
 
 
-def touched(wanted: Wanted) -> dict[Path, list[tuple[Update, Strength, bool]]]:
-    """The leaves that adapters change -> by what, with what strength, and whether the leaf is the bias."""
-    found: dict[Path, list[tuple[Update, Strength, bool]]] = {}
+def touched(wanted: Wanted) -> dict[Path, list[Change]]:
+    """The leaves that adapters change -> by what."""
+    found: dict[Path, list[Change]] = {}
     for adapter, strength in wanted:
         for update in adapter.updates.values():
             if update.form != "full" or "diff" in update.tensors:
@@ -147,8 +150,11 @@ def touched(wanted: Wanted) -> dict[Path, list[tuple[Update, Strength, bool]]]:
     return found
 
 
-def changed_leaf(leaf: np.ndarray, changes: Sequence[tuple[Update, Strength, bool]], config: ModelConfig) -> np.ndarray:
-    """A leaf with what adapters change of it (`touched`), worked out in float32 and rounded once to its dtype."""
+def changed_leaf(leaf: np.ndarray, changes: Sequence[Change], config: ModelConfig, dtype: Any = None) -> np.ndarray:
+    """A leaf with what adapters change of it (`touched`), worked out in float32 and rounded once.
+
+    dtype: to round to; None: the leaf's own.
+    """
     before = np.asarray(leaf, np.float32)
     after = before.copy()
     for update, strength, is_bias in changes:
@@ -157,7 +163,7 @@ def changed_leaf(leaf: np.ndarray, changes: Sequence[tuple[Update, Strength, boo
             change = update.change_of_bias() if is_bias else update.change_in_our_layout(before)
             assert change is not None
             after += s * change.reshape(after.shape)
-    return after.astype(leaf.dtype)
+    return after.astype(leaf.dtype if dtype is None else dtype)
 
 
 def merged(params: Params, wanted: Wanted, config: ModelConfig) -> Params:

@@ -8,7 +8,6 @@ compiled and no step is slower. Live: the parameters stay, and the adapters' low
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from sdjax.devices.placement import Placement
 from sdjax.hints import hint
 from sdjax.models.adapters import Adapter, Strength, merged, no_gates, sections, strength_at
 from sdjax.models.params import abstract_params
-from sdjax.request import Request, is_real
+from sdjax.request import Request
 from sdjax.text.embeddings import Embedding
 from sdjax.text.prompt import read
-from sdjax.text.syntax import LoraTag
+from sdjax.text.syntax import LoraTag, check_strength, lora_of, parse_blocks
 from sdjax.types import Params
 
 RANKS = 64
@@ -63,21 +62,6 @@ Wanted = list[tuple[Adapter, Strength]]
 
 
 # Which files
-
-
-def lora_of(text: str) -> LoraTag:
-    """The adapter that "FILE", "FILE:WEIGHT" or "FILE:WEIGHT:TEXT_WEIGHT" names. The text encoder's weight is the other
-    one if it is left out.
-
-    Raises:
-        ValueError: there is no file's name in it.
-    """
-    number = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-    match = re.fullmatch(rf"(.*?)(?::({number}))?(?::({number}))?", text, re.DOTALL)
-    if match is None or not match[1].strip():
-        raise ValueError(f"expected FILE[:WEIGHT[:TEXT_WEIGHT]], found {text!r:.200}")
-    unet = 1.0 if match[2] is None else float(match[2])
-    return LoraTag(match[1], unet if match[3] is None else float(match[3]), unet)
 
 
 def tags_of(request: Request) -> list[LoraTag]:
@@ -170,25 +154,6 @@ class Library:
             strength_at(strength, next(iter(adapter.updates)), config)  # the number of blocks is checked there
             found[id(adapter)] = adapter, strength
         return list(found.values())
-
-
-def check_strength(tag: LoraTag) -> LoraTag:
-    """The tag. Raises ValueError if its weights are no numbers, or too large to mean anything."""
-    for weight in (tag.unet, tag.text):
-        if not is_real(weight, -100, 100):
-            raise ValueError(f"the weight of the adapter {tag.name!r:.100} must lie in [-100, 100], found {weight!r}")
-    return tag
-
-
-def parse_blocks(text: str) -> tuple[float, ...]:
-    """The weights of blocks "1,0,0.5,...". Raises ValueError if one is no number."""
-    try:
-        found = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise ValueError(f"block weights must be numbers with commas between them, found {text!r:.100}") from None
-    if not all(abs(number) <= 100 for number in found):
-        raise ValueError(f"block weights must lie between -100 and 100, found {text!r:.100}")
-    return found
 
 
 # Merged

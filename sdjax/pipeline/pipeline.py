@@ -19,7 +19,7 @@ from sdjax.config import ModelConfig
 from sdjax.devices.placement import HERE, Placement, placement_on
 from sdjax.devices.platform import pinned
 from sdjax.models.adapters import merged
-from sdjax.pipeline.adapters import Adapting, Library, check_strength, lora_of
+from sdjax.pipeline.adapters import Adapting, Library
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
 from sdjax.pipeline.programs import encoder, programs
@@ -27,7 +27,7 @@ from sdjax.request import BATCH, Request, check_positive, check_request, request
 from sdjax.storage.cache import digest_of, digest_of_all
 from sdjax.text.embeddings import Embedding, Vocabulary
 from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read
-from sdjax.text.syntax import LoraTag
+from sdjax.text.syntax import LoraTag, check_strength, lora_of
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.types import Params
 

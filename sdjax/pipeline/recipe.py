@@ -24,9 +24,9 @@ from PIL import Image, PngImagePlugin
 from sdjax.config import SamplingConfig
 from sdjax.devices.platform import environment
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.pipeline.adapters import lora_of
 from sdjax.request import TASKS, Request, Setting, settings, with_defaults
 from sdjax.storage.files import new_file
+from sdjax.text.syntax import lora_of
 
 KEY = "sdjax"
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}

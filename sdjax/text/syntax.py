@@ -87,6 +87,7 @@ class LoraTag(NamedTuple):
 
 
 LORA_KINDS = ("lora", "lyco")
+LARGEST_STRENGTH = 100
 
 
 def lora_tag(network: Network) -> LoraTag:
@@ -115,6 +116,42 @@ def lora_tag(network: Network) -> LoraTag:
     if rank != int(rank if abs(rank) < 1e9 else -1) or rank < 0 or ("dyn" in said and rank < 1):
         raise ValueError(f"{network!s:.100}: dyn must be a whole number from 1, found {said['dyn']!r:.40}")
     return LoraTag(positional[0], text, number("unet", text), int(rank) or None, said.get("lbw"))
+
+
+def lora_of(text: str) -> LoraTag:
+    """The adapter that "FILE", "FILE:WEIGHT" or "FILE:WEIGHT:TEXT_WEIGHT" names. The text encoder's weight is the other
+    one if it is left out.
+
+    Raises:
+        ValueError: there is no file's name in it.
+    """
+    number = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+    match = re.fullmatch(rf"(.*?)(?::({number}))?(?::({number}))?", text, re.DOTALL)
+    if match is None or not match[1].strip():
+        raise ValueError(f"expected FILE[:WEIGHT[:TEXT_WEIGHT]], found {text!r:.200}")
+    unet = 1.0 if match[2] is None else float(match[2])
+    return LoraTag(match[1], unet if match[3] is None else float(match[3]), unet)
+
+
+def check_strength(tag: LoraTag) -> LoraTag:
+    """The tag. Raises ValueError if its weights are no numbers, or too large to mean anything."""
+    for weight in (tag.unet, tag.text):
+        good = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) <= LARGEST_STRENGTH
+        if not good:
+            bounds = f"[-{LARGEST_STRENGTH}, {LARGEST_STRENGTH}]"
+            raise ValueError(f"the weight of the adapter {tag.name!r:.100} must lie in {bounds}, found {weight!r}")
+    return tag
+
+
+def parse_blocks(text: str) -> tuple[float, ...]:
+    """The weights of blocks "1,0,0.5,...". Raises ValueError if one is no number."""
+    try:
+        found = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"block weights must be numbers with commas between them, found {text!r:.100}") from None
+    if not all(abs(number) <= LARGEST_STRENGTH for number in found):
+        raise ValueError(f"block weights must lie in [-{LARGEST_STRENGTH}, {LARGEST_STRENGTH}], found {text!r:.100}")
+    return found
 
 
 # Parts joined by AND
