@@ -37,7 +37,7 @@ ADDITIONS = (
     (r"(^|\.)(control_model|zero_convs\.0|controlnet_cond_embedding|controlnet)\.", "ControlNet"),
     (
         r"(^|[._])lora_(unet|te\d?)_|\.(lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|alpha)(\.|$)"
-        r"|\.lora\.|_lora\.|[._](hada_w|lokr_w|oft_blocks)",
+        r"|\.lora\.|_lora\.|[._](hada_w|lokr_w|oft_blocks)|^(unet|text_encoder):\d+:(up|down)$",
         "LoRA",
     ),
     (r"^(string_to_param|string_to_token|emb_params)(\.|$)", "textual inversion embedding"),
@@ -48,6 +48,9 @@ ADDITIONS = (
     (r"(^|[._])hypernet(work)?\.", "hypernetwork"),
 )
 """What comes as a file of its own, and is sometimes left in the file of a whole model; not used there either."""
+
+GIVEN_BY = {"LoRA": "lora", "textual inversion embedding": "embeddings"}
+"""By which option of `sdjax.hints` an addition is given."""
 
 NOT_APPLIED = "which is not applied"
 
@@ -137,10 +140,10 @@ def refuse_other_models(source: Source, ignore: Sequence[str], alone: bool) -> N
     for pattern, model in OTHER_MODELS + (ADDITIONS if alone else ()):
         for name in source.tensors:
             if re.search(pattern, name) and not matches(name, ignore):
-                raise CheckpointError(
-                    f"{source.path}: this is a {model} file (it holds {name}); "
-                    "expected Stable Diffusion 1.x, its inpainting model, or 2.x"
-                )
+                expected = "expected Stable Diffusion 1.x, its inpainting model, or 2.x"
+                if model in GIVEN_BY:
+                    expected = f"give a model, and this by {hint(GIVEN_BY[model], str(source.path))}"
+                raise CheckpointError(f"{source.path}: this is a {model} file (it holds {name}); {expected}")
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

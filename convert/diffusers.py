@@ -18,6 +18,7 @@ from convert.files.open import open_source
 from convert.files.source import CheckpointError, Source
 from convert.names import PARTS, Part
 from sdjax.config import ModelConfig
+from sdjax.hints import hint
 
 FOLDERS: dict[Part, str] = {"text": "text_encoder", "vae": "vae", "unet": "unet"}
 STEMS: dict[Part, dict[str, str]] = {
@@ -164,7 +165,7 @@ def check_folder(path: Path) -> None:
     there = sorted(file.name for file in path.iterdir())
     whole = [name for name in there if name.endswith((".ckpt", ".safetensors", ".pt", ".bin"))]
     if any(re.search(r"lora|^adapter_(config|model)\.", name) for name in there):
-        advice = "it is a LoRA, which is not applied; give the model that it was made for"
+        advice = f"it is a LoRA; give the model that it was made for, and this by {hint('lora', str(path))}"
     elif (path.parent / "model_index.json").is_file():
         advice = f"it is a part of {path.parent}; give that one"
     elif whole:

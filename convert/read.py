@@ -117,20 +117,43 @@ def lazy(
         found, jobs, tokenizer = _prepare(Path(path), asked, report, stack)
         if not report.complete:
             raise CheckpointError(f"{path}: not a whole {found.name} model: {report.problem()}{_advice(report)}")
-        count = _counter(jobs, progress)
-        files = {id(file): file for _, _, source, name in jobs for file in (source.file_of(name),)}
-        zeros = {
-            at: Zeros(file, [(entry, name) for _, entry, source, name in jobs if source.file_of(name) is file])
-            for at, file in files.items()
-        }
-        for each in zeros.values():
-            each.check_end()
-        params: dict[str, Any] = {part: {} for part in PARTS}
-        for part, entry, source, name in jobs:
-            tensor = Tensor(part, entry, source, name, dtype, report, count, zeros[id(source.file_of(name))])
-            for keys, leaf in tensor.leaves().items():
-                _put(params[part], keys, leaf)
+        params = _tree(jobs, dtype, report, progress)
         yield Converted(found, params, report, tokenizer)
+
+
+@contextmanager
+def lazy_part(
+    path: str | Path,
+    part: Part,
+    config: ModelConfig,
+    *,
+    dtype: str = "float32",
+    ignore: Sequence[str] = (),
+    report: Report | None = None,
+) -> Iterator[Converted]:
+    """The same of one part alone, "text" or "vae", for a model of this configuration.
+
+    path: a file of the part, a whole checkpoint, or a diffusers folder. What is yielded has the part's parameters
+    alone, and the configuration with what a config.json next to the part says of it.
+
+    Raises as `read`.
+    """
+    report = Report(str(path), "") if report is None else report
+    with ExitStack() as stack:
+        located = _open_other(Path(path), part, ignore, stack)
+        described = _folder_of(Path(path), part) / "config.json"
+        if described.is_file():
+            config = with_part_of(config, part, described, report.notes)
+        if part == "text":
+            _check_width(config, located)
+        jobs = _match(config, {part: located}, False, ignore, report)
+        known = report.ignored.keys() | report.used
+        for name in (name for names in located.names.values() for name in names if name not in known):
+            if why_not_needed(name) is None and not matches(name, ignore):
+                report.unexpected.append(name)
+        if not report.complete:
+            raise CheckpointError(f"{path}: not {WRITTEN_AS[part]} of {config.name}: {report.problem()}")
+        yield Converted(config, _tree(jobs, dtype, report, None), report)
 
 
 def inspect(
@@ -335,7 +358,7 @@ def _match(
 ) -> list[Job]:
     """Every parameter's tensor; fills the report's lists but for `unexpected`."""
     jobs: list[Job] = []
-    for part in PARTS:
+    for part in (part for part in PARTS if part in parts):
         located = parts[part]
         source = located.source
         known = known_names(config, part)
@@ -363,6 +386,24 @@ def _match(
             if leaf not in taken and f"{part} {name}" not in report.missing:
                 report.missing.append(f"{part} {ema_name(name) if part == 'unet' and averaged else name}")
     return jobs
+
+
+def _tree(jobs: list[Job], dtype: str, report: Report, progress: Progress | None) -> Params:
+    """The parameters that these tensors become, none of them read yet."""
+    count = _counter(jobs, progress)
+    files = {id(file): file for _, _, source, name in jobs for file in (source.file_of(name),)}
+    zeros = {
+        at: Zeros(file, [(entry, name) for _, entry, source, name in jobs if source.file_of(name) is file])
+        for at, file in files.items()
+    }
+    for each in zeros.values():
+        each.check_end()
+    params: dict[str, Any] = {part: {} for part, *_ in jobs}
+    for part, entry, source, name in jobs:
+        tensor = Tensor(entry, part, source, name, dtype, report, count, zeros[id(source.file_of(name))])
+        for keys, leaf in tensor.leaves().items():
+            _put(params[part], keys, leaf)
+    return params
 
 
 def _is_copy(source: Source, held: dict[Keys, tuple[Entry, str]], entry: Entry, name: str, report: Report) -> bool:

@@ -20,19 +20,46 @@ KEPT = {"F32", "F16", "BF16"}  # what dtype "keep" leaves as it is; the other fl
 
 
 @dataclass(eq=False)
-class Tensor:
+class Laid:
+    """What becomes parameters when they are asked for: a tensor of a file (`Tensor`), or what is computed of others."""
+
+    entry: Entry
+    _held: dict[Path, np.ndarray] = field(default_factory=dict, init=False, kw_only=True)
+    _lock: Any = field(default_factory=threading.Lock, init=False, kw_only=True)
+
+    @property
+    def target(self) -> np.dtype:
+        """The dtype that the numbers are handed out in."""
+        raise NotImplementedError
+
+    def array(self) -> np.ndarray:
+        """The numbers as `entry` lays them out in a file."""
+        raise NotImplementedError
+
+    def leaves(self) -> dict[Path, Leaf]:
+        """The parameters it becomes, none of them read yet."""
+        shape = self.entry.leaf_shape
+        return {path: Leaf(self, path, shape, self.target) for path in self.entry.leaves}
+
+    def take(self, path: Path) -> np.ndarray:
+        """One of its parameters. Where there are several, the others are held until they are taken."""
+        with self._lock:
+            if path not in self._held:
+                self._held = self.entry.to_leaves(self.array())
+            return self._held.pop(path)
+
+
+@dataclass(eq=False)
+class Tensor(Laid):
     """One tensor of a file: what it is (`entry` of `part`), and the dtype it is to have ("keep" for the stored one)."""
 
     part: Part
-    entry: Entry
     source: Source
     name: str
     dtype: str
     report: Report
     done: Callable[[int], None]  # told how many bytes were read
     zeros: Zeros
-    _held: dict[Path, np.ndarray] = field(default_factory=dict)
-    _lock: Any = field(default_factory=threading.Lock)
 
     @property
     def target(self) -> np.dtype:
@@ -66,24 +93,12 @@ class Tensor:
             )
         return array
 
-    def leaves(self) -> dict[Path, Leaf]:
-        """The parameters it becomes, none of them read yet."""
-        shape = self.entry.leaf_shape
-        return {path: Leaf(self, path, shape, self.target) for path in self.entry.leaves}
-
-    def take(self, path: Path) -> np.ndarray:
-        """One of its parameters. Where there are several, the others are held until they are taken."""
-        with self._lock:
-            if path not in self._held:
-                self._held = self.entry.to_leaves(self.array())
-            return self._held.pop(path)
-
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A parameter that `np.asarray` reads from its file."""
+    """A parameter that `np.asarray` reads from its file, or computes."""
 
-    tensor: Tensor
+    tensor: Laid
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype

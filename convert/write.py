@@ -10,9 +10,10 @@ import json
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -34,10 +35,18 @@ AHEAD = 2  # tensors prepared before they are written
 Tensor = tuple[str, Entry, Params]  # its name in the file, what it is, and the part's tree
 
 
-def write_safetensors(path: str | Path, config: ModelConfig, params: Params, *, force: bool = False) -> None:
+def write_safetensors(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    force: bool = False,
+) -> None:
     """One .safetensors file in the names of the original code, as other programs take it.
 
-    The configuration goes into the file's metadata, so that reading it back needs no guess.
+    The configuration goes into the file's metadata, so that reading it back needs no guess. metadata: what else goes
+    there.
 
     Raises:
         FileExistsError: `path` is there and `force` is not given. OSError: it could not be written; nothing is left.
@@ -51,9 +60,9 @@ def write_safetensors(path: str | Path, config: ModelConfig, params: Params, *, 
         for part in PARTS
         for entry in entries(config, part, spellings[part])
     ]
-    metadata = {"format": "pt", CONFIG_KEY: config.to_json()}
+    header = {**metadata, "format": "pt", CONFIG_KEY: config.to_json()}
     with new_file(Path(path), force) as temporary, open(temporary, "wb") as file:
-        _write(file, tensors, metadata)
+        _write(file, tensors, header)
 
 
 def write_diffusers(
@@ -148,7 +157,7 @@ def _arrays(tensors: list[Tensor]) -> Iterator[np.ndarray]:
         ahead: deque[Future[np.ndarray]] = deque()
         try:
             for tensor in tensors:
-                ahead.append(pool.submit(_array, tensor))
+                ahead.append(pool.submit(laid_out, tensor[1], _leaves(tensor)))
                 if len(ahead) > AHEAD:
                     yield ahead.popleft().result()
             while ahead:
@@ -158,9 +167,8 @@ def _arrays(tensors: list[Tensor]) -> Iterator[np.ndarray]:
                 future.cancel()
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    _, entry, _ = tensor
-    leaves = _leaves(tensor)
+def laid_out(entry: Entry, leaves: list[Any]) -> np.ndarray:
+    """The tensor that `entry` makes of these parameters, as a file has it."""
     stored = leaves[0].tensor if isinstance(leaves[0], Leaf) else None
     if stored is not None and (stored.entry.layout, stored.entry.leaves) == (entry.layout, entry.leaves):
         return stored.array().reshape(entry.shape)  # it is stored in its file as it is to be in this one

@@ -16,7 +16,7 @@ import sdjax
 from sdjax.diffusion.plan import stack_plans
 from sdjax.diffusion.sample import first_state, image_keys, initial_noise
 from sdjax.image import to_uint8
-from sdjax.models.adapters import no_gates
+from sdjax.models.adapters import NO_GATES
 from sdjax.pipeline import functions
 from sdjax.request import Request, plan
 from sdjax.text.prompt import lay_out, read
@@ -43,7 +43,7 @@ def main() -> None:
     # 3. All that the UNet sees besides x: the text's keys and values, the timesteps' shifts, a region to keep (none)
     side = config.image_size // config.vae.downscale
     known = jnp.zeros((1, side, side, config.vae.latent_channels))
-    adapters, mask, concat = no_gates(config)[None], jnp.ones_like(known[..., :1]), known[..., :0]
+    adapters, mask, concat = NO_GATES[None], jnp.ones_like(known[..., :1]), known[..., :0]
     given, kv = functions.condition(params, prompts, rows, adapters, known, mask, concat, config=config)
     # 4. One key per picture; the initial latents are noise with the spread of the first level
     key = image_keys([0])

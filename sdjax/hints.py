@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 PICTURES = ("sdjax txt2img", "sdjax img2img", "sdjax inpaint")
 TRAININGS = ("sdjax train vae", "sdjax train clip", "sdjax train unet")
-WITH_MODEL = (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax info", "sdjax selftest", "sdjax-convert")
+CONVERT = ("sdjax-convert", "sdjax-convert merge")
+WITH_MODEL = (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax info", "sdjax selftest", *CONVERT)
 """Commands that open a model, in any of the formats that people have."""
 
 
@@ -31,9 +32,10 @@ HINTS = {
     "ignore": Hint("--ignore", "NAME", WITH_MODEL),
     "config": Hint("--config", "FILE", WITH_MODEL),
     "dtype": Hint("--dtype", "bfloat16", (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax selftest")),
-    "force": Hint("--force", None, ("sdjax-convert",)),
+    "force": Hint("--force", None, CONVERT),
     "tokenizer": Hint("--tokenizer", "DIR", TRAININGS),
     "preset": Hint("--preset", "sd15", TRAININGS),
+    "lora": Hint("--lora", "FILE", (*PICTURES, "sdjax batch", "sdjax-convert")),
     "lora_dir": Hint("--lora-dir", "DIR", (*PICTURES, "sdjax batch")),
     "embeddings": Hint("--embeddings", "DIR", (*PICTURES, "sdjax batch")),
     "recipe": Hint("--recipe", "PICTURE", PICTURES),

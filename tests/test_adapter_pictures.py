@@ -13,7 +13,7 @@ from convert.adapters import targets, write_adapter
 from sdjax.cli import main
 from sdjax.devices.compilation import compilations
 from sdjax.models.adapter_forms import Update
-from sdjax.models.adapters import Adapter, merged, no_gates
+from sdjax.models.adapters import Adapter, merged, sections
 from sdjax.pipeline.adapters import RANKS, Library, modules_of, tags_of
 from sdjax.pipeline.functions import predict_noise, text_kv
 from sdjax.pipeline.recipe import read_parameters, read_recipe
@@ -165,7 +165,7 @@ def test_gates_of_0_give_the_plain_network_to_the_bit(pipe):
             return np.asarray(predict_noise(params, x, time, kv, adapters, gates, config=MINI))
 
     plain = predicted(None, None)
-    zeros = np.zeros((2, *no_gates(MINI).shape[:1], 8), np.float32)
+    zeros = np.zeros((2, len(sections(MINI)), 8), np.float32)
     np.testing.assert_array_equal(predicted(factors, zeros), plain)
     assert np.abs(predicted(factors, zeros + 1) - plain).max() > 0.1
     first = zeros.copy()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from convert.__main__ import _merge_parser as merge_parser
 from convert.__main__ import _parser as convert_parser
 from sdjax.cli.options import parser
 from sdjax.hints import HINTS, hint
@@ -27,6 +28,7 @@ NEEDED = {
     "sdjax info": "model",
     "sdjax selftest": "",
     "sdjax-convert": "from to",
+    "sdjax-convert merge": "a b -o to",
 }
 """The rest of each command line."""
 
@@ -35,6 +37,8 @@ CASES = [(name, command) for name, advice in HINTS.items() for command in advice
 
 def parsed(line: str) -> argparse.Namespace:
     program, *words = shlex.split(line)
+    if program == "sdjax-convert" and words[0] == "merge":
+        return merge_parser().parse_args(words[1:])
     return (parser() if program == "sdjax" else convert_parser()).parse_args(words)
 
 
@@ -44,7 +48,7 @@ def test_every_hint_is_an_option_of_the_command_that_gives_it(name, command):
     advice = hint(name)
     found = vars(parsed(f"{command} {needed} {advice}"))
     option = HINTS[name].option.lstrip("-").replace("-", "_")
-    assert found[option] not in (None, False)
+    assert found[f"{option}s" if option == "lora" and "loras" in found else option] not in (None, False, [])
 
 
 @pytest.mark.parametrize("value", ["loss.*", "a name with spaces", "it's"])

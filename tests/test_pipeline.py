@@ -22,7 +22,7 @@ from sdjax.diffusion.plan import stack_plans
 from sdjax.diffusion.sample import first_state, image_keys, initial_noise
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, q_sample
-from sdjax.models.adapters import no_gates
+from sdjax.models.adapters import NO_GATES
 from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -380,9 +380,7 @@ def test_parameters_are_arguments_and_never_constants(pipe):
     rows, calls = stack_plans([plan(Request("a cat", steps=4), SMALL)])
     known, mask, concat = (jnp.zeros((1, 5, 7, channels)) for channels in (4, 1, 0))
     prompts = jax.tree.map(lambda leaf: leaf[None], pipe._prepared(Request("a cat"), {}).prompts)
-    given, kv = functions.condition(
-        pipe.params, prompts, rows, no_gates(SMALL)[None], known, mask, concat, config=SMALL
-    )
+    given, kv = functions.condition(pipe.params, prompts, rows, NO_GATES[None], known, mask, concat, config=SMALL)
     state = first_state(rows, calls, known, image_keys([0]), given, kv)
     traced = functions.sample.trace(pipe.params, state, config=SMALL)
     assert max((np.size(constant) for constant in constants(traced.jaxpr)), default=0) < 100

@@ -4,7 +4,9 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/benchmarks/batch_generation.py --only devices
 
 Every line is the median over rounds that take turns. Measures (--only takes one of these names):
-    recompiles   compilations while 50 random settings are drawn, after the first picture
+    recompiles   compilations while 60 random recipes are made that differ in prompts (weights, schedules, AND, one
+                 chunk or up to three), learnt words, adapters and their weights, and every setting, after the first of
+                 each kind of shape
     loop         `functions.sample`, bounded at 64 rows, beside a scan of exactly as many rows as the pictures need
     exact        `pipe.on(batch_invariant=True)` beside the default
     devices      all devices beside one of them, as many pictures on each; simulated ones share the cores of one CPU
@@ -58,6 +60,7 @@ Simulated devices share the cores; what they gain is that one device alone leave
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -74,20 +77,27 @@ from typing import Any
 from unittest import mock
 
 import jax
+import numpy as np
 
 import sdjax
+from convert.adapters import write_adapter
 from sdjax.config import SD15
 from sdjax.devices.compilation import compilations
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
 from sdjax.jobs import run as jobs
 from sdjax.models.params import cast, random_params
+from sdjax.pipeline.adapters import Library
 from sdjax.pipeline.batching import Batches, assemble, conditioned, initial, state_of
 from sdjax.pipeline.functions import condition, initial_latents, sample
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.recipe import recipe_of, save_picture
 from sdjax.request import BATCH, Request, plan
+from sdjax.text.embeddings import Embedding
 from sdjax.text.tokenizer import clip_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from recipes import adapter
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -108,25 +118,67 @@ def in_turns(rounds: int, *calls: Callable[[], Any]) -> list[float]:
 
 
 def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
-    with compilations() as first:
-        seconds_of_first = seconds(lambda: pipe.text_to_image("a first picture", steps=2, count=2))
-    draw, start = random.Random(0), time.perf_counter()
-    with compilations() as later:
-        for _ in range(50):
-            pipe.text_to_image(
-                f"picture {draw.random()}",
-                draw.choice(["", "grey"]),
-                count=2,
+    """60 random recipes, after pictures of each kind of shape: one chunk and three, without adapters and with them."""
+    draw, words = random.Random(0), ("red", "blue", "heart", "star", "grey", "cat", "learnt", "two words")
+    with tempfile.TemporaryDirectory() as folder:
+        names = []
+        for i, rank in enumerate((4, 8, 16)):
+            write_adapter(Path(folder) / f"lora{i}.safetensors", adapter(pipe.config, rank, i), pipe.config)
+            names.append(f"lora{i}")
+        rng = np.random.default_rng(0)
+        width = pipe.config.clip.width
+        learnt = [
+            Embedding(word, rng.standard_normal((n, width), np.float32))
+            for n, word in ((1, "learnt"), (4, "two words"))
+        ]
+        pipe = dataclasses.replace(
+            pipe, library=Library(Path(folder)), embeddings=pipe.words.with_embeddings(learnt).learnt
+        )
+
+        def text(count: int) -> str:
+            found = []
+            for i in range(count):
+                word, other = draw.choice(words), draw.choice(words)
+                forms = [word, f"({word}:{draw.uniform(0.2, 1.6):.2f})", f"[{word}]"]
+                turns = [f"[{word}:{other}:{draw.random():.2f}]", f"[{word}|{other}]"]
+                found.append(draw.choice(forms + turns if i < 3 else forms))
+            return ", ".join(found)
+
+        def recipe(is_long: bool, with_loras: bool) -> dict[str, Any]:
+            room = pipe.words.length
+            prompt = text(draw.randint(room // 4, room // 2) if is_long else draw.randint(1, room // 8))
+            if not is_long and draw.random() < 0.3:
+                prompt += f" AND {draw.choice(words)} :{draw.uniform(-1, 1):.2f}"
+            if with_loras:
+                chosen = draw.sample(names, draw.randint(1, 3))
+                prompt += "".join(f"<lora:{name}:{draw.uniform(-1, 1):.2f}:{draw.random():.2f}>" for name in chosen)
+            return dict(
+                prompt=prompt,
+                negative_prompt=draw.choice(["", "grey", "(ugly:1.3), [bad|worse]"]),
                 seed=draw.randrange(2**32 - 2),
                 steps=draw.randint(1, 12),
                 sampler=draw.choice(list(SAMPLERS)),
                 spacing=draw.choice(SPACINGS),
                 guidance=draw.choice([1.0, draw.uniform(0, 12)]),
+                guidance_rescale=draw.choice([0.0, draw.random()]),
+                weighting=draw.choice(["a1111", "a1111", "comfy", "compel"]),
             )
-    took = time.perf_counter() - start
+
+        def made(recipes: list[dict[str, Any]]) -> None:
+            requests = [Request(**one) for one in recipes]
+            for picture in pipe.batch(requests, batch_size=2):
+                del picture
+
+        kinds = [(is_long, with_loras) for is_long in (False, True) for with_loras in (False, True)]
+        with compilations() as first:
+            seconds_of_first = seconds(lambda: made([recipe(*kind) for kind in kinds for _ in range(5)]))
+        start = time.perf_counter()
+        with compilations() as later:
+            made([recipe(*draw.choice(kinds)) for _ in range(60)])
+        took = time.perf_counter() - start
     print(
-        f"recompiles: {len(first)} programs in the first {seconds_of_first:.1f} s; then {len(later)} in 50 settings "
-        f"({took:.1f} s)",
+        f"recompiles: {len(first)} programs in the first {seconds_of_first:.1f} s; "
+        f"then {len(later)} in 60 random recipes ({took:.1f} s)",
         flush=True,
     )
 

@@ -208,9 +208,8 @@ def section_of(config: ModelConfig, part: str, module: tuple[str, ...]) -> int:
     return 0 if part == "text" else known.get(("unet", *module[:2]), known.get(("unet", module[0]), -1))
 
 
-def no_gates(config: ModelConfig) -> np.ndarray:
-    """The gates of a picture without live adapters, f32[sections, 0]."""
-    return np.zeros((len(sections(config)), 0), np.float32)
+NO_GATES = np.zeros((1, 0), np.float32)
+"""The gates of a picture without live adapters."""
 
 
 @contextmanager

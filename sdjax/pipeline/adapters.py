@@ -20,7 +20,7 @@ import numpy as np
 from sdjax.config import ModelConfig
 from sdjax.devices.placement import Placement
 from sdjax.hints import hint
-from sdjax.models.adapters import Adapter, Strength, merged, no_gates, sections, strength_at
+from sdjax.models.adapters import NO_GATES, Adapter, Strength, merged, sections, strength_at
 from sdjax.models.params import abstract_params
 from sdjax.request import Request
 from sdjax.text.embeddings import Embedding
@@ -295,9 +295,9 @@ class Adapting:
         )
         wanted = [(adapter, strength) for adapter, strength in wanted if strength.unet or strength.text]
         if not wanted:
-            return Adapted(None, no_gates(self.config), embeddings)
+            return Adapted(None, NO_GATES, embeddings)
         if not self.live or not all(can_live(adapter) for adapter, _ in wanted):
-            return Adapted(self._set_of(wanted), no_gates(self.config), embeddings)
+            return Adapted(self._set_of(wanted), NO_GATES, embeddings)
         bank = self._bank_for(wanted)
         return Adapted(bank, bank.gates(wanted), embeddings)
 

@@ -13,7 +13,7 @@ from sdjax import image as images
 from sdjax.config import ModelConfig
 from sdjax.diffusion.plan import Plan, calls_per_step
 from sdjax.diffusion.torch_noise import torch_noise
-from sdjax.models.adapters import no_gates
+from sdjax.models.adapters import NO_GATES
 from sdjax.pipeline.adapters import Adapted, Weights
 from sdjax.pipeline.functions import inpainting_channels
 from sdjax.request import Request, check_request, plan, size_of
@@ -100,7 +100,7 @@ def prepare(
         raise ValueError(f"noise must have the shape {latent} for each picture, found {np.shape(request.noise)}")
     planned = plan(full, config)
     negative, positive = readings(full, config)
-    adapted = Adapted(None, no_gates(config)) if adapt is None else adapt(full)
+    adapted = Adapted(None, NO_GATES) if adapt is None else adapt(full)
     prompts = lay_out(
         negative,
         positive,

@@ -44,7 +44,7 @@ WORD_GROUP = 8
 CHUNKS = (1, 3, 6, 12, 24, 48)
 """Chunks of a program: a prompt of 2 runs in the program for 3, and so on."""
 
-TEXTS, PARTS, VECTORS = 8, 8, 64
+TEXTS, PARTS, VECTORS = 16, 8, 64
 """Texts, parts joined by AND, and learnt vectors that every program has a place for; more of them double it."""
 
 LARGEST_WEIGHT = 1000.0
