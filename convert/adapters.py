@@ -91,6 +91,11 @@ OTHERS = (
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """The models by the width of the text that their cross-attention sees."""
 
+FAMILY_NAMES = {"Stable Diffusion 1": "sd15", "Stable Diffusion 2": "sd21"}
+
+MAY_LACK = 0.25
+"""Share of an adapter's modules that a model may lack: the others act, and a note says which do not."""
+
 HASH, PEFT = "sshs_model_hash", "lora_adapter_metadata"
 
 
@@ -220,8 +225,12 @@ def _read(source: Source, path: FilePath, config: ModelConfig, settings: dict[st
     found = {module: target_of(module, config) for module in modules}
     unused = _unused_layers(config)
     unknown = [module for module, target in found.items() if target is None and not unused(module)]
+    notes = []
     if unknown:
-        raise CheckpointError(f"{path}: {_not_of_this_model(unknown, modules, source, config)}")
+        said, is_other = _not_of_this_model(unknown, modules, source, config)
+        if is_other or len(unknown) > MAY_LACK * len(modules):
+            raise CheckpointError(f"{path}: {said}")
+        notes.append(f"{said}; they are left out")
     scale_of = _scales(settings or _described(source), path)
     updates: dict[Path, Update] = {}
     first_names: dict[Path, str] = {}
@@ -237,8 +246,7 @@ def _read(source: Source, path: FilePath, config: ModelConfig, settings: dict[st
         first_names[target.kernel] = module
     if not any(np.any(array) for update in updates.values() for array in update.tensors.values()):
         raise CheckpointError(f"{path}: filled with zeros; the download is not complete, get it again")
-    notes = []
-    if left := len(modules) - len(updates):
+    if left := len(modules) - len(unknown) - len(updates):
         notes.append(f"{left} modules of the text encoder's last layer, which is not used, are left out")
     return Adapter(path.stem, updates, _embeddings(path, learnt, config), dict(source.metadata), notes, path)
 
@@ -283,14 +291,15 @@ def _unused_layers(config: ModelConfig) -> Callable[[str], bool]:
 
 def _not_of_this_model(
     unknown: list[str], modules: Mapping[str, Mapping[str, str]], source: Source, config: ModelConfig
-) -> str:
-    """What to say of modules that the model does not have."""
+) -> tuple[str, bool]:
+    """What to say of modules that the model does not have, and whether they are those of a model of another family."""
     family = next((model for pattern, model in OTHERS for module in unknown if re.search(pattern, module)), None)
     family = family or _family_of(modules, source)
     guess = f"this is an adapter for {family}, the model is {config.name}" if family else f"the model is {config.name}"
     kinds = Counter(re.sub(r"\d+", "N", module) for module in unknown)
     shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(3))
-    return f"{len(unknown)} of {len(modules)} modules are not in the model; {guess}: {shown:.300}"
+    said = f"{len(unknown)} of {len(modules)} modules are not in the model; {guess}: {shown:.300}"
+    return said, family is not None and not config.name.startswith(FAMILY_NAMES.get(family, "-"))
 
 
 def _family_of(modules: Mapping[str, Mapping[str, str]], source: Source) -> str | None:

@@ -151,3 +151,16 @@ def test_metadata_of_an_adapter_is_kept_and_its_hash_is_that_of_its_numbers(ther
     assert metadata["sshs_model_hash"] == hashlib.sha256(data[8 + length :]).hexdigest()
     assert metadata["ss_output_name"] == "mine"
     assert read_adapter(tmp_path / "x.safetensors", SMALL).metadata["ss_network_dim"] == "2"
+
+
+def test_a_few_modules_that_the_model_lacks_are_told_and_the_others_act(there, tmp_path, capsys):
+    tensors = load_file(there / "a.safetensors")
+    for kind, shape in (("lora_down", (4, 8)), ("lora_up", (8, 4))):
+        tensors[f"lora_unet_of_somebody_else.{kind}.weight"] = np.ones(shape, np.float32)
+    save_file(tensors, tmp_path / "more.safetensors")
+    assert run(there / "model.safetensors", tmp_path / "out", "--lora", tmp_path / "more.safetensors") == 0
+    assert "modules are not in the model; the model is small: lora_unet_of_somebody_else (1); they are left out" in (
+        capsys.readouterr().err
+    )
+    found, original = (read_adapter(path, SMALL) for path in (tmp_path / "more.safetensors", there / "a.safetensors"))
+    assert set(found.updates) == set(original.updates)

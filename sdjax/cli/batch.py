@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from contextlib import nullcontext
@@ -72,6 +73,7 @@ def batch(options: argparse.Namespace) -> int:
         with progress_bars(options.model) as (on_convert, _):
             like = None if options.dry_run else jobs.first_request(out, options.request)
             pipe = load_model(options, on_convert, placement=placement, like=like, batch_size=options.batch)
+        pipe = dataclasses.replace(pipe, library=library)  # which has read the adapters
         if options.dry_run:
             print(jobs.described(pipe, out, options.batch, share, options.request), end="")
             return 0

@@ -62,9 +62,10 @@ def generate(options: argparse.Namespace) -> int:
     output.check()
     model, dtype = asked.model, asked.dtype
 
+    library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
+
     def check(config: ModelConfig) -> None:
         check_request(first, config, model or config.name)
-        library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
         for tag in tags_of(first):
             library.adapter(tag, config)
         pixels_of(first, config)
@@ -75,7 +76,7 @@ def generate(options: argparse.Namespace) -> int:
         at_once = min(BATCH, -(-count // placement.data_parallel))
         named = dict(model=model, dtype=dtype, placement=placement, conversion=conversion, on_config=check)
         pipe = load_model(options, on_convert, like=first, batch_size=at_once, **named)
-        pipe = dataclasses.replace(pipe, library=dataclasses.replace(pipe.library, files=asked.adapters))
+        pipe = dataclasses.replace(pipe, library=library)  # which has read the adapters
         output.make_folder()
         begin_work()
         each, begun = at_once * placement.data_parallel, 0

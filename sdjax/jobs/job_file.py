@@ -39,6 +39,7 @@ from sdjax.request import (
     with_defaults,
 )
 from sdjax.storage.files import json_line
+from sdjax.text.syntax import lora_of
 
 LINE_PICTURES, JOB_PICTURES = 1_000_000, 10_000_000
 """Most pictures of one line, and of a whole job."""
@@ -262,7 +263,7 @@ class Job(AbstractContextManager["Job"]):
 
     sampling: the model's own settings. request_class: what the lines are of.
     first: each line's first picture, i64[lines + 1].
-    order: the lines, those of one shape together.
+    order: the lines, those of one shape together, and of these those with the same adapters.
     shapes: pictures of each shape.
     """
 
@@ -272,7 +273,9 @@ class Job(AbstractContextManager["Job"]):
         offsets: list[int] = []
         counts: list[int] = []
         shapes: list[int] = []
+        adapters: list[int] = []
         shape_ids: dict[tuple[Any, ...], int] = {}
+        adapter_ids: dict[tuple[str, ...], int] = {}
         offset = 0
         for text in self.file:
             line = from_json(text, request_class)
@@ -280,10 +283,11 @@ class Job(AbstractContextManager["Job"]):
             offsets.append(offset)
             counts.append(line.count)
             shapes.append(shape_ids.setdefault(shape, len(shape_ids)))
+            adapters.append(adapter_ids.setdefault(_adapters(line.request), len(adapter_ids)))
             offset += len(text)
         self.offsets, self.counts = np.array(offsets, np.int64), np.array(counts, np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.counts)])
-        self.order = np.argsort(shapes, kind="stable")
+        self.order = np.lexsort((adapters, shapes))
         pictures = np.bincount(shapes, self.counts)
         self.shapes = {shape: int(pictures[number]) for shape, number in shape_ids.items()}
 
@@ -305,6 +309,12 @@ class Job(AbstractContextManager["Job"]):
         pictures = self.first[lines] + np.arange(self.pictures) - np.repeat(starts, self.counts[self.order])
         mine = slice(share.process_index, None, share.process_count)
         return pictures[mine], lines[mine]
+
+
+def _adapters(request: Request) -> tuple[str, ...]:
+    """The adapters that a request names, whatever their weights."""
+    tagged = re.findall(r"<(?:lora|lyco):([^:>]+)", request.prompt) if isinstance(request.prompt, str) else []
+    return tuple(sorted({*tagged, *(lora_of(text).name for text in request.loras)}))
 
 
 def _shape(request: Request) -> tuple[Any, ...]:

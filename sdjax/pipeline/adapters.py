@@ -34,6 +34,9 @@ RANKS = 64
 KEPT = 4
 """Banks, and sets of merged parameters, that are kept for requests to come."""
 
+READ_BYTES = 2**31
+"""Bytes of adapters that are kept for requests to come."""
+
 FILES = (".safetensors", ".pt", ".bin", ".ckpt")
 """How files of adapters are called."""
 
@@ -134,7 +137,7 @@ class Library:
         status = path.stat()
         key = (path.resolve(), status.st_mtime_ns, status.st_size, tag.rank, config)
         if key not in self.read_before:
-            while len(self.read_before) >= 64:
+            while self.read_before and sum(map(size_of, self.read_before.values())) > READ_BYTES:
                 del self.read_before[next(iter(self.read_before))]
             adapter = read_adapter(path, config, rank_cut=tag.rank)
             for note in adapter.notes:
@@ -154,6 +157,11 @@ class Library:
             strength_at(strength, next(iter(adapter.updates)), config)  # the number of blocks is checked there
             found[id(adapter)] = adapter, strength
         return list(found.values())
+
+
+def size_of(adapter: Adapter) -> int:
+    """The bytes of an adapter's numbers."""
+    return sum(array.nbytes for update in adapter.updates.values() for array in update.tensors.values())
 
 
 # Merged

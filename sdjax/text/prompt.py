@@ -116,10 +116,9 @@ def check(text: str, weighting: str, length: int) -> None:
     """
     for part in read(text, weighting).parts:
         for _, each in part.texts:
-            for piece in _pieces(each, weighting):
-                _checked(piece)
-            count, most = len(re.findall(r"[^\W\d_]+|\d|_", each)), CHUNKS[-1] * length
-            if count > most:
+            pieces = [_checked(piece) for piece in _pieces(each, weighting)]
+            count = sum(len(re.findall(r"[^\W\d_]+|\d|_", piece.text)) for piece in pieces)
+            if count > (most := CHUNKS[-1] * length):
                 raise ValueError(f"the prompt has {count:,} words; expected {most:,} tokens at most")
 
 
