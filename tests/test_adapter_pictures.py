@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,9 +13,12 @@ import sdjax
 from convert.adapters import targets, write_adapter
 from sdjax.cli import main
 from sdjax.devices.compilation import compilations
+from sdjax.devices.platform import written_for
 from sdjax.models.adapter_forms import Update
 from sdjax.models.adapters import Adapter, merged, sections
+from sdjax.pipeline import functions
 from sdjax.pipeline.adapters import RANKS, Library, modules_of, tags_of
+from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.functions import predict_noise, text_kv
 from sdjax.pipeline.recipe import read_parameters, read_recipe
 from sdjax.request import Request
@@ -184,6 +188,33 @@ def test_a_bank_that_is_full_is_followed_by_another(pipe, latents, tmp_path):
     for one in many[::2]:
         (alone,) = latents(wide, [one], 1).values()
         assert_close(together[one.id], alone)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ("red disc", "(blue:1.3)"),
+        ("red AND blue :0.5", "[green|blue] c"),
+        ("red <lora:a:0.5>", "blue <lora:c d:0.7><lora:a:-1> AND red"),
+        ("red " * 10, "blue " * 15),
+    ],
+)
+def test_programs_for_gpus_and_tpus_give_the_same(pipe, prompts):
+    """They take both halves of guidance at once; here they run on the CPU."""
+    adapting = pipe._adapting(True)
+    prepared = [pipe._prepared(Request(prompt, seed=i, **SETTINGS), {}, adapting) for i, prompt in enumerate(prompts)]
+    batch, weights = assemble(prepared, MINI), prepared[0].weights
+    params = pipe.params if weights is None else weights.params(pipe.params)
+    found = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        condition, sample = (
+            jax.jit(written_for(platform, partial(function, config=MINI), kernels=False))
+            for function in (functions.condition, functions.sample)
+        )
+        state = state_of(batch, initial(functions.initial_latents, batch), conditioned(condition, params, batch))
+        found[platform] = np.asarray(sample(params, state).carry.x)
+    assert_close(found["gpu"], found["cpu"])
+    assert_close(found["tpu"], found["cpu"])
 
 
 @pytest.mark.parametrize("options", [dict(), dict(parallel="pmap"), dict(model_parallel=2)])

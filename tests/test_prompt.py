@@ -207,7 +207,7 @@ def test_weights_change_the_encoding_as_theirs_do(case, theirs, mode):
 def test_texts_that_take_turns_restore_their_mean_together():
     rng = np.random.default_rng(0)
     laid = laid_out("", "[(a:1.5):b:0.5]", steps=10)
-    z = rng.normal(0.3, 1, (8, 1, 77, 5)).astype(np.float32)
+    z = rng.normal(0.3, 1, (len(laid.ids), 1, 77, 5)).astype(np.float32)
     found = np.asarray(weighted(z[None], jax.tree.map(lambda leaf: np.asarray(leaf)[None], laid)))[0]
     scaled = z * laid.weights[..., None]
     first, second = 1, 2

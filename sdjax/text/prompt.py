@@ -434,23 +434,22 @@ def lay_out(
     """
     vectors = Vectors(words.vocab_size)
     parts = [_part_of(negative), *_parts_of(positive, weighting)]
-    texts: list[Text] = []
-    table = np.zeros((rows, 1 + _doubled(PARTS, len(parts) - 1)), np.int32)
-    mixes: dict[int, list[tuple[int, float]]] = {}
     columns = [_texts_of(part, group, words, vectors, weighting) for group, part in enumerate(parts)]
-    firsts = [column[0][0] for column in columns]  # those that most calls see stand first
-    order = [*firsts, *(text for column in columns for text in column[0][1:])]
-    at = {id(text): i for i, text in enumerate(order)}
-    texts += order
-    for i, (found, steps) in enumerate(columns):
-        table[:, i] = [at[id(found[steps[min(call, len(steps) - 1)]])] for call in range(rows)]
+
+    # Every part's first text, then the others, and which of them each row sees
+    texts = [found[0] for found, _ in columns] + [text for found, _ in columns for text in found[1:]]
+    places = {id(text): i for i, text in enumerate(texts)}
+    table = np.zeros((rows, 1 + _doubled(PARTS, len(parts) - 1)), np.int32)
+    for i, (found, seen) in enumerate(columns):
+        seen = seen[:rows] + seen[-1:] * (rows - len(seen))
+        table[:, i] = np.array([places[id(text)] for text in found])[seen]
     table[:, len(parts) :] = table[:, 1:2]
-    if weighting == "compel":
-        mixes = _without_fragments(texts)
+
+    # What the arithmetic of the weights needs besides
+    mixes = _without_fragments(texts) if weighting == "compel" else {}
+    is_weighted = any(weight != 1 for text in texts for chunk in text.chunks for weight in chunk.weights)
     empty = 0
-    if MODES[weighting] == 2 and any(
-        weight != 1 for text in texts for chunk in text.chunks for weight in chunk.weights
-    ):
+    if is_weighted and MODES[weighting] == MODES["comfy"]:
         empty = len(texts)
         texts.append(Text([Chunk()], -1))
     strengths = np.zeros(table.shape[1] - 1, np.float32)
