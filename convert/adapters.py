@@ -62,6 +62,8 @@ SUFFIXES |= {
 }
 SUFFIXES |= {f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")}
 
+LONGEST = max(map(len, SUFFIXES))
+
 PREFIXES = (
     *("base_model_model_", "lora_unet_", "lora_te_", "lora_te1_", "lycoris_", "oft_unet_", "oft_te_", "unet_"),
     *("model_diffusion_model_", "diffusion_model_", "text_encoder_", "text_encoders_clip_l_", "text_encoders_clip_h_"),
@@ -164,8 +166,10 @@ def read_adapter(path: str | FilePath, config: ModelConfig, *, rank_cut: int | N
 
     Raises:
         FileNotFoundError: no such file. CheckpointError (a ValueError): it is damaged, unsafe, no adapter, or one for
-        another model.
+        another model. ValueError: rank_cut is below 1.
     """
+    if rank_cut is not None and rank_cut < 1:
+        raise ValueError(f"rank_cut must be at least 1, found {rank_cut}")
     path = FilePath(path)
     folder_settings: dict[str, Any] = {}
     file = path
@@ -255,18 +259,23 @@ def _modules(source: Source) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Modules -> kind of tensor -> its name in the file; and the names that have no known ending."""
     modules: dict[str, dict[str, str]] = {}
     rest = []
-    longest = sorted(SUFFIXES, key=len, reverse=True)
-    ends = {ending.rsplit(".", 1)[-1] for ending in longest}
     for name in source.tensors:
-        ending = None
-        if name.rsplit(".", 1)[-1] in ends:
-            ending = next((ending for ending in longest if name.endswith(ending)), None)
+        ending = _ending(name)
         if ending is None or _is_embedding(name, source):
             rest.append(name)
         else:
-            modules.setdefault(name.removesuffix(ending), {})[SUFFIXES[ending]] = name
+            names = modules.setdefault(name.removesuffix(ending), {})
+            other = names.setdefault(SUFFIXES[ending], name)
+            if other != name:
+                raise CheckpointError(f"{source.path}: {other} and {name} are the same tensor; keep one of them")
     plain = [module for module, names in modules.items() if set(names) == {"weight"}]  # of a model, not of (IA)3
     return modules, [*rest, *(modules.pop(module)["weight"] for module in plain)]
+
+
+def _ending(name: str) -> str | None:
+    """The longest ending of a name that is known; None if there is none."""
+    begins = (found.start() for found in re.finditer(r"\.|_lora", name[-LONGEST:]))
+    return next((end for begin in begins if (end := name[-LONGEST:][begin:]) in SUFFIXES), None)
 
 
 def _is_embedding(name: str, source: Source) -> bool:
@@ -274,7 +283,8 @@ def _is_embedding(name: str, source: Source) -> bool:
 
 
 def _refuse_others(source: Source, path: FilePath) -> None:
-    for name in source.tensors:
+    any_of_them = re.compile("|".join(f"(?:{pattern})" for pattern, _ in NOT_APPLIED))
+    for name in filter(any_of_them.search, source.tensors):
         for pattern, what in NOT_APPLIED:
             if re.search(pattern, name):
                 raise CheckpointError(f"{path}: {what} ({name:.100}), which is not applied; expected LoRA or LyCORIS")
@@ -341,12 +351,23 @@ def _scales(settings: Mapping[str, Any], path: FilePath) -> Scales:
             return None
         alpha = said.get("lora_alpha", rank)
         patterns = said.get("alpha_pattern") or {}
-        alpha = next((own for pattern, own in patterns.items() if _fits(pattern, module)), alpha)
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{path}: alpha_pattern is {patterns!r:.40}; expected an object")
+        if wild := next((pattern for pattern in patterns if not _is_plain(pattern)), None):
+            raise CheckpointError(f"{path}: alpha_pattern has {wild!a:.60}; expected names of modules")
+        inside = module.removeprefix("base_model.model.").removeprefix(f"{part}.")  # as the part's own code names it
+        alpha = next((own for pattern, own in patterns.items() if _fits(pattern, inside)), alpha)
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise CheckpointError(f"{path}: lora_alpha is {alpha!r:.40}; expected a number")
         return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
 
     return scale
+
+
+def _is_plain(pattern: str) -> bool:
+    """Whether a name or expression of peft's is matched in little time: two repetitions at most, none of a group."""
+    own = re.sub(r"^\^?\((\?:)?\.\*\\\.\)\?", "", pattern)  # what stands before a module's own name
+    return len(re.findall(r"[*+?{]", own)) <= 2 and not re.search(r"\)[*+?{]", own)
 
 
 def _fits(pattern: str, module: str) -> bool:

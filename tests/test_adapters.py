@@ -44,6 +44,8 @@ LOW_RANK = tuple(name for name, form in FORMS.items() if form.form == "lora" and
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 TEXT_Q = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+Q_NAME = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+Q_PATH = ("unet", "down_0", "attention_0", "layer_0", "self_attention", "q", "kernel")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,34 @@ def test_a_text_encoder_of_stable_diffusion_2_has_the_same_names_and_one_layer_t
 def test_what_the_header_says_of_alpha_is_applied_to_each_module(tmp_path, rslora, text_model):
     file = write_described(tmp_path / "x.safetensors", SMALL, rslora=rslora, text_model=text_model)
     check(read_adapter(file.path, SMALL), file.expected)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "to_q",
+        "attn1.to_q",
+        r"(.*\.)?to_q",
+        r"^(?:.*\.)?to_q$",
+        "attn[12].to_q",
+        r".*attn1\.to_(q|k)",
+        f"^{Q_NAME}",
+        Q_NAME,
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_pattern_of_alpha_is_a_name_or_an_expression_within_its_part(tmp_path, pattern, folder):
+    if folder:
+        file = write_peft_folder(tmp_path / "x", SMALL, "unet")
+        said = {"r": RANK, "lora_alpha": 2, "alpha_pattern": {pattern: 12}}
+        (file.path / "adapter_config.json").write_text(json.dumps(said))
+    else:
+        file = write_described(tmp_path / "x.safetensors", SMALL)
+        said = {"unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 12}}
+        write_safetensors(file.path, file.tensors, metadata={"lora_adapter_metadata": json.dumps(said)})
+    updates = read_adapter(file.path, SMALL).updates
+    assert updates[Q_PATH].k == 12 / RANK
+    assert updates[*Q_PATH[:-2], "out", "kernel"].k == 2 / RANK
 
 
 @pytest.mark.parametrize("part", ["unet", "text"])
@@ -203,6 +233,35 @@ def test_an_alpha_stored_as_an_integer_is_a_number(tmp_path):
     check(read_adapter(file.path, SMALL), file.expected)
 
 
+@pytest.mark.parametrize("form", ["LoRA, without alpha", "LoHa", "LoKr, second factored"])
+def test_a_bias_beside_a_pair_is_changed_too_as_comfyui_extracts_it(tmp_path, params, form):
+    file = write_adapter_file(tmp_path / "x.safetensors", "generic", form, SMALL)
+    found = next(found for found in file.expected.values() if found.module.bias is not None)
+    bias = np.random.default_rng(5).standard_normal(found.module.shape[0]).astype(np.float32)
+    name = NAMINGS["generic"].name(found.module, "diff_b")
+    write_safetensors(file.path, file.tensors | {name: bias})
+    adapter = read_adapter(file.path, SMALL)
+    check(adapter, file.expected)
+    assert adapter.updates[found.module.path].low_rank() is None
+    before, after = (leaf_of(tree, found.module.bias) for tree in (params, merged(params, [(adapter, FULL)], SMALL)))
+    assert error(after, before.astype(np.float64) + bias) < 1e-6
+
+
+def test_one_half_of_a_loha_may_have_a_core_and_the_other_none(tmp_path):
+    rng = np.random.default_rng(5)
+    core, a1, b1, a2, b2 = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((2, 2, 1, 1), (2, 32), (2, 32), (32, 2), (2, 32))
+    )
+    plain = (a2.astype(np.float64) @ b2) * (a1.T.astype(np.float64) @ core[:, :, 0, 0] @ b1)
+    halves = {1: {"hada_w1_a": a1, "hada_w1_b": b1, "hada_t1": core}, 2: {"hada_w2_a": a2, "hada_w2_b": b2}}
+    swapped = {name.translate({49: 50, 50: 49}): array for half in halves.values() for name, array in half.items()}
+    for own in (halves[1] | halves[2], swapped):
+        write_safetensors(tmp_path / "x.safetensors", {f"{Q}.{name}": array for name, array in own.items()})
+        (update,) = read_adapter(tmp_path / "x.safetensors", SMALL).updates.values()
+        assert update.low_rank() is None
+        assert error(update.change(np.zeros((32, 32), np.float32)), plain) < 1e-5
+
+
 def test_an_alpha_of_zero_switches_a_module_off(tmp_path):
     pair = {f"{Q}.lora_down.weight": np.ones((2, 32), "f4"), f"{Q}.lora_up.weight": np.ones((32, 2), "f4")}
     for alpha in (np.zeros((), "f4"), np.zeros(1, "f4")):
@@ -226,6 +285,13 @@ def test_the_first_ranks_of_a_dylora_keep_their_scale(tmp_path):
         down, up = tensors["lora_down.weight"][:1], tensors["lora_up.weight"][:, :1]
         expected = up.astype(np.float64) @ down * float(tensors["alpha"]) / RANK
         assert error(adapter.updates[path].change(random_weight(module)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_less_than_one_rank_of_a_dylora_is_refused(tmp_path, ranks):
+    file = write_adapter_file(tmp_path / "x.safetensors", "kohya", "LoRA, linear", SMALL)
+    with pytest.raises(ValueError, match=f"at least 1, found {ranks}"):
+        read_adapter(file.path, SMALL, rank_cut=ranks)
 
 
 def test_all_350_modules_of_stable_diffusion_1_are_found_by_their_published_names(tmp_path):
@@ -529,6 +595,17 @@ GOOD = pair(Q, 32, 32)
 K = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k"
 SD1_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 NAN = np.array([[np.nan] * 32] * 2, "f4")
+NORM = "lora_unet_down_blocks_0_attentions_0_norm"
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+
+
+def ones(module, **shapes):
+    """Tensors of ones by their endings."""
+    return {f"{module}.{end}": np.ones(shape, "f4") for end, shape in shapes.items()}
+
+
+LOHA = {f"hada_w{n}_{x}": shape for n in (1, 2) for x, shape in (("a", (2, 32)), ("b", (2, 64)))}
+LOKR_T = {"lokr_w1": (4, 2), "lokr_w2_a": (2, 8)}
 
 REFUSED = {
     "SDXL's text encoder": (GOOD | pair("lora_te2_text_model_encoder_layers_0_mlp_fc1", 5120, 1280), "SDXL"),
@@ -554,6 +631,25 @@ REFUSED = {
     "ranks that disagree": (GOOD | {f"{Q}.lora_up.weight": np.ones((32, 3), "f4")}, "to_q.*lora_up"),
     "a DoRA scale of another size": (GOOD | {f"{Q}.dora_scale": np.ones((31, 1), "f4")}, "dora_scale"),
     "a rank of 0": (pair(Q, 32, 32, rank=0), "to_q"),
+    "a DoRA scale of inputs that lies like one of outputs": (
+        pair(SD1_K, 32, 64, dora_scale=np.ones((64, 1), "f4")),
+        "dora_scale",
+    ),
+    "(IA)3 of inputs that says outputs": (ones(SD1_K, weight=64) | {f"{SD1_K}.on_input": np.array(False)}, "weight"),
+    "(IA)3 of outputs that says inputs": (ones(SD1_K, weight=32) | {f"{SD1_K}.on_input": np.array(True)}, "weight"),
+    "a Tucker core of two axes": (pair(SD1_K, 32, 64, **{"lora_mid.weight": np.ones((2, 2), "f4")}), "lora_mid"),
+    "a LoHa's core of two axes": (ones(SD1_K, **LOHA, hada_t1=(2, 2), hada_t2=(2, 2)), "hada_t1"),
+    "a LoKr's core of two axes": (ones(SD1_K, **LOKR_T, lokr_w2_b=(2, 32), lokr_t2=(2, 2)), "lokr_t2"),
+    "a LoKr's core of another kernel": (ones(CONV, **LOKR_T, lokr_w2_b=(2, 16), lokr_t2=(2, 2, 1, 1)), "factors"),
+    "a LoKr that cuts kernels apart": (ones(CONV, lokr_w1=(4, 9), lokr_w2=(8, 32)), "lokr_w1.*divide"),
+    "a LoKr of a norm": (ones(NORM, lokr_w1=(4, 1), lokr_w2=(8, 1)), "norm"),
+    "a norm's change of a matrix": (ones(SD1_K, w_norm=32), "w_norm"),
+    "an OFT whose rescaling has another size": (ones(SD1_K, oft_blocks=(8, 4, 4), rescale=7), "rescale"),
+    "an OFT whose constraint is NaN": (
+        ones(SD1_K, oft_blocks=(8, 4, 4)) | {f"{SD1_K}.alpha": np.array(np.nan, "f4")},
+        "alpha.*NaN",
+    ),
+    "two names of one tensor": (GOOD | {f"{Q}.lora_A.weight": np.ones((2, 32), "f4")}, "same tensor"),
     "a scalar for a factor": (GOOD | {f"{Q}.lora_down.weight": np.ones((), "f4")}, "lora_down"),
     "zeros all over": ({k: v * 0 for k, v in GOOD.items()}, "zero"),
     "no tensors": ({}, "no tensors|no adapter|empty"),
@@ -671,7 +767,15 @@ def test_a_peft_folder_that_is_not_whole_is_refused(tmp_path, change, reason):
     assert reason in refusal(file.path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"unet.r": 4, "unet.lora_alpha": "much"}', '{"unet.lora_alpha": 1e999}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[1]", '{"unet.r": 4, "unet.lora_alpha": "much"}', '{"unet.lora_alpha": 1e999}'),
+        '{"unet.lora_alpha": 2, "unet.alpha_pattern": [1]}',
+        json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {"(([a-z0-9_.])*)*!": 3}}),
+        json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {"a?" * 40: 3}}),
+    ],
+)
 def test_a_header_that_does_not_describe_an_adapter_is_refused_or_left_aside(tmp_path, text):
     file = write_described(tmp_path / "x.safetensors", SMALL)
     write_safetensors(file.path, file.tensors, metadata={"lora_adapter_metadata": text})

@@ -78,10 +78,9 @@ class Update:
 
     def change_of_bias(self) -> np.ndarray | None:
         """What is added to the bias, f32[out], at strength 1."""
-        for name, k in (("diff_b", 1.0), ("b_norm", 1.0), ("lora_up.bias", self.k)):
-            if name in self.tensors:
-                return k * _f32(self.tensors[name]).reshape(-1)
-        return None
+        scales = {"diff_b": 1.0, "b_norm": 1.0, "lora_up.bias": self.k}
+        changes = [k * _f32(self.tensors[name]).reshape(-1) for name, k in scales.items() if name in self.tensors]
+        return sum(changes[1:], changes[0]) if changes else None
 
     def low_rank(self) -> Factors | None:
         """D as a product in our layout: down f32[..., in, r], as the kernel has it, and up f32[r, out], k included.
@@ -133,10 +132,14 @@ def _flat(array: np.ndarray) -> np.ndarray:
 def _normalised(weight: np.ndarray, change: np.ndarray, m: np.ndarray) -> np.ndarray:
     """DoRA's change: the norm of each row (m is [out, 1, ...]) or column (m is [1, in, ...]) of W + D becomes m."""
     v = weight + change
-    by_column = m.ndim > 1 and m.shape[0] == 1 and m.size == v.shape[1] and v.shape[0] != 1
-    axes = tuple(axis for axis in range(v.ndim) if axis != int(by_column))
+    axes = tuple(axis for axis in range(v.ndim) if axis != int(_is_by_column(m, v.shape)))
     norm = np.sqrt(np.sum(np.square(v), axis=axes, keepdims=True))
     return v * (m.reshape(norm.shape) / (norm + np.finfo(np.float32).eps)) - weight
+
+
+def _is_by_column(m: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether dora_scale is the norm of columns, for W of this shape."""
+    return m.ndim > 1 and m.shape[0] == 1 and m.size == shape[1] and shape[0] != 1
 
 
 def _tucker(t: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -166,7 +169,8 @@ def _loha(update: Update, weight: np.ndarray) -> np.ndarray:
 
     def half(n: int) -> np.ndarray:
         a, b = t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]
-        return _tucker(t[f"hada_t{n}"], a, b) if f"hada_t{n}" in t else (_flat(a) @ _flat(b)).reshape(update.shape)
+        whole = _tucker(t[f"hada_t{n}"], a, b) if f"hada_t{n}" in t else _flat(a) @ _flat(b)
+        return whole.reshape(update.shape)
 
     return half(1) * half(2) * np.float32(update.k)
 
@@ -174,7 +178,7 @@ def _loha(update: Update, weight: np.ndarray) -> np.ndarray:
 def _loha_factors(update: Update) -> Factors | None:
     """Every pair of ranks of the two products is one rank of their elementwise product."""
     t = update.tensors
-    if "hada_t1" in t or len(t["hada_w1_b"]) * len(t["hada_w2_b"]) > EXPANDED:
+    if {"hada_t1", "hada_t2"} & set(t) or len(t["hada_w1_b"]) * len(t["hada_w2_b"]) > EXPANDED:
         return None
     a1, b1, a2, b2 = (_flat(t[name]) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
     down = (b1[:, None] * b2[None]).reshape(-1, b1.shape[1])
@@ -183,7 +187,7 @@ def _loha_factors(update: Update) -> Factors | None:
 
 def _lokr(update: Update, weight: np.ndarray) -> np.ndarray:
     t = update.tensors
-    w1 = _f32(t["lokr_w1"]) if "lokr_w1" in t else _flat(t["lokr_w1_a"]) @ _flat(t["lokr_w1_b"])
+    w1 = _flat(t["lokr_w1"]) if "lokr_w1" in t else _flat(t["lokr_w1_a"]) @ _flat(t["lokr_w1_b"])
     if "lokr_w2" in t:
         w2 = _f32(t["lokr_w2"])
     elif "lokr_t2" in t:
@@ -201,10 +205,14 @@ def _lokr_rank(t: Tensors) -> int | None:
 
 
 def _ia3(update: Update, weight: np.ndarray) -> np.ndarray:
-    on_input = bool(np.any(update.tensors["on_input"])) if "on_input" in update.tensors else False
     shape = [1] * weight.ndim
-    shape[int(on_input)] = -1
+    shape[_ia3_axis(update.tensors)] = -1
     return weight * _f32(update.tensors["weight"]).reshape(shape)
+
+
+def _ia3_axis(t: Tensors) -> int:
+    """The axis of W along which its weights are."""
+    return int(bool(np.any(t.get("on_input", False))))
 
 
 def _full(update: Update, weight: np.ndarray) -> np.ndarray:
@@ -303,8 +311,11 @@ def _oft_misfit(t: Tensors, shape: tuple[int, ...]) -> str | None:
     if blocks.ndim == 4:
         return "it is BOFT, which is not applied"
     n, b = blocks.shape[:2]
-    good = blocks.shape == (n, b, b) and n * b == shape[0]
-    return None if good else f"its blocks have the shape {blocks.shape}, expected n x b x b with n b = {shape[0]}"
+    if "alpha" in t and not np.isfinite(np.asarray(t["alpha"], np.float32)).all():
+        return "alpha holds NaN or infinity"
+    if blocks.shape != (n, b, b) or n * b != shape[0]:
+        return f"its blocks have the shape {blocks.shape}, expected n x b x b with n b = {shape[0]}"
+    return _size(t, "rescale", shape[0])
 
 
 def _lokr_misfit(t: Tensors, shape: tuple[int, ...]) -> str | None:
@@ -314,14 +325,14 @@ def _lokr_misfit(t: Tensors, shape: tuple[int, ...]) -> str | None:
             return len(t[f"lokr_w{n}"]), t[f"lokr_w{n}"][0].size
         a, b = t[f"lokr_w{n}_a"], t[f"lokr_w{n}_b"]
         if n == 2 and "lokr_t2" in t:
-            fits = t["lokr_t2"].shape[:2] == (len(a), len(b))
+            fits = t["lokr_t2"].shape[:2] == (len(a), len(b)) and t["lokr_t2"][0, 0].size == math.prod(shape[2:])
             return (a.shape[1], b.shape[1] * math.prod(shape[2:])) if fits else (0, 0)
         return (len(a), b[0].size) if a[0].size == len(b) else (0, 0)
 
     (o1, i1), (o2, i2) = matrix(1), matrix(2)
     if (o1 * o2, i1 * i2) != (shape[0], math.prod(shape[1:])):
         return f"its factors give {o1 * o2} x {i1 * i2}, expected {shape[0]} x {math.prod(shape[1:])}"
-    return None
+    return f"lokr_w1 has {i1} columns, which do not divide {shape[1]} inputs" if shape[1] % i1 else None
 
 
 # The table
@@ -352,11 +363,15 @@ LORA = ("lora_down", "lora_up", "lora_mid")
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = tuple(f"lokr_w{n}{end}" for n in (1, 2) for end in ("", "_a", "_b"))
 GLORA = ("a1", "a2", "b1", "b2")
+CORES = ("lora_mid", "hada_t1", "hada_t2", "lokr_t2")
+"""Tucker cores, which have four axes for linear maps, too."""
+OF_NORMS = ("full", "norm")
+"""The forms that can change a norm's scale."""
 
 FORMS: dict[str, Form] = {
     "lora": Form(
         needs=LORA[:2],
-        may_have=("lora_mid", "alpha", "dora_scale", "lora_up.bias"),
+        may_have=("lora_mid", "alpha", "dora_scale", "lora_up.bias", "diff_b"),
         change=_lora,
         misfit=_lora_misfit,
         matrices=LORA,
@@ -365,7 +380,7 @@ FORMS: dict[str, Form] = {
     ),
     "loha": Form(
         needs=LOHA,
-        may_have=("hada_t1", "hada_t2", "alpha", "dora_scale"),
+        may_have=("hada_t1", "hada_t2", "alpha", "dora_scale", "diff_b"),
         change=_loha,
         misfit=_loha_misfit,
         matrices=(*LOHA, "hada_t1", "hada_t2"),
@@ -374,7 +389,7 @@ FORMS: dict[str, Form] = {
     ),
     "lokr": Form(
         needs=("lokr_w1|lokr_w1_a", "lokr_w1|lokr_w1_b", "lokr_w2|lokr_w2_a", "lokr_w2|lokr_w2_b"),
-        may_have=("lokr_t2", "alpha", "dora_scale"),
+        may_have=("lokr_t2", "alpha", "dora_scale", "diff_b"),
         change=_lokr,
         misfit=_lokr_misfit,
         matrices=(*LOKR, "lokr_t2"),
@@ -399,7 +414,7 @@ FORMS: dict[str, Form] = {
         needs=("weight",),
         may_have=("on_input", "alpha"),
         change=_ia3,
-        misfit=lambda t, shape: _size(t, "weight", *shape[:2]),
+        misfit=lambda t, shape: _size(t, "weight", shape[_ia3_axis(t)]),
     ),
     "full": Form(
         needs=("diff|diff_b",),
@@ -411,7 +426,7 @@ FORMS: dict[str, Form] = {
         needs=("w_norm",),
         may_have=("b_norm", "alpha"),
         change=_norm,
-        misfit=lambda t, shape: _size(t, "w_norm", shape[0]),
+        misfit=lambda t, shape: _size(t, "w_norm", math.prod(shape)),
     ),
 }
 """Every form by its name, in the order in which they are recognised."""
@@ -443,9 +458,14 @@ def expected_shapes(update: Update) -> str | None:
     flat = next((name for name in FORMS[update.form].matrices if name in t and t[name].ndim < 2), None)
     if flat is not None:
         return f"{flat} has the shape {t[flat].shape}, expected a matrix"
+    core = next((name for name in CORES if name in t and t[name].ndim != 4), None)
+    if core is not None:
+        return f"{core} has the shape {t[core].shape}, expected 4 axes"
+    if len(shape) < 2 and update.form not in OF_NORMS:
+        return f"it is a norm, which {update.form} does not change"
     wrong = FORMS[update.form].misfit(t, shape)
     for name in ("diff_b", "b_norm", "lora_up.bias"):
         wrong = wrong or _size(t, name, shape[0])
-    if len(shape) > 1:
-        wrong = wrong or _size(t, "dora_scale", shape[0], shape[1])
+    if update.is_dora:
+        wrong = wrong or _size(t, "dora_scale", shape[int(_is_by_column(t["dora_scale"], shape))])
     return wrong or (None if update.form == "oft" else _size(t, "alpha", 1))
