@@ -88,6 +88,7 @@ class Library:
     folder: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     read_before: dict[Any, Adapter] = field(default_factory=dict, repr=False)
+    found_before: dict[str, Path] = field(default_factory=dict, repr=False)
 
     def find(self, name: str) -> Path:
         """The file of a name: its path, or its name in the folder with or without its ending, or its alias.
@@ -95,10 +96,16 @@ class Library:
         Raises:
             FileNotFoundError: there is none. ValueError: there are several.
         """
+        found = self.found_before.get(name)
+        if found is None or not found.exists():
+            found = self.found_before[name] = self._found(name)
+        return found
+
+    def _found(self, name: str) -> Path:
         if name in self.files:
             return self.files[name]
         given = Path(name).expanduser()
-        if given.is_dir() or given.is_file():
+        if given.is_file():
             return given
         there = self._there()
         found = [path for path in there if name in (path.stem, path.name, str(path.relative_to(self.folder or path)))]
@@ -106,8 +113,8 @@ class Library:
         if len(found) > 1:
             listed = " and ".join(str(path) for path in found[:2])
             raise ValueError(f"the adapter {name!r:.100} could be {listed}; rename one of them, or give a path")
-        if found:
-            return found[0]
+        if found or given.is_dir():
+            return found[0] if found else given
         names = ", ".join(sorted(path.stem for path in there)[:10])
         where = f"{self.folder} has {names or 'none'}" if self.folder else f"give their folder by {hint('lora_dir')}"
         raise FileNotFoundError(f"the adapter {name!r:.100} is not there; {where}")
