@@ -22,7 +22,7 @@ import jax
 from sdjax.config import ModelConfig, unusual
 from sdjax.devices.placement import HERE, Placement
 from sdjax.models.params import count_parameters, dtype_of
-from sdjax.pipeline.adapters import Library
+from sdjax.pipeline.adapters import Library, read_learnt
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.storage import checkpoint
 from sdjax.storage.cache import cache_folder, digest_of_all
@@ -97,6 +97,14 @@ def load(
     words = [embeddings] if isinstance(embeddings, str | Path) else list(embeddings)
     if missing := [word for word in words if not Path(word).expanduser().exists()]:
         raise FileNotFoundError(f"{missing[0]}: no such embedding, file or folder")
+    asked = on_config
+
+    def check_words(config: ModelConfig) -> None:  # before anything large is read
+        read_learnt(words, config)
+        if asked is not None:
+            asked(config)
+
+    on_config = check_words if words else on_config
     given = _given(conversion)
     path = BOX_FOLDER if model is None else find(model)
     foreign = not checkpoint.is_checkpoint(path)

@@ -389,3 +389,25 @@ def test_adapters_of_python_are_checked(pipe, folder):
         pipe.with_adapters({folder / "a.safetensors": float("nan")})
     with pytest.raises(ValueError, match="FILE"):
         sdjax.Request("a", loras=("",)) and pipe.text_to_image("a", loras=("",), **SETTINGS)
+
+
+def test_an_adapter_is_found_by_its_own_name_and_two_of_one_name_are_refused(pipe, latents, tmp_path):
+    named = dataclasses.replace(lora(4, 1), metadata={"ss_output_name": "ink v2"})
+    write_adapter(tmp_path / "x1.safetensors", named, MINI)
+    own = dataclasses.replace(pipe, library=Library(tmp_path))
+    found = latents(own, requests(["red <lora:ink v2:0.8>"]), 1)
+    assert_close(found["0"], latents(pipe, requests(["red <lora:a:0.8>"]), 1)["0"])
+    (tmp_path / "more").mkdir()
+    write_adapter(tmp_path / "more" / "x1.safetensors", named, MINI)
+    with pytest.raises(ValueError, match=r"the adapter .x1. could be .*x1.safetensors and .*x1.safetensors; rename"):
+        list(dataclasses.replace(pipe, library=Library(tmp_path)).batch(requests(["red <lora:x1:1>"])))
+    with pytest.raises(FileNotFoundError, match=r"the adapter .y. is not there; .* has x1, x1"):
+        list(own.batch(requests(["red <lora:y:1>"])))
+
+
+def test_learnt_words_of_another_model_are_refused_before_it_is_read(model, tmp_path):
+    save_file({"emb_params": np.full((2, 768), 0.3, np.float32)}, tmp_path / "wide.safetensors")
+    asked = []
+    with pytest.raises(ValueError, match="768"):
+        sdjax.load(model, embeddings=tmp_path / "wide.safetensors", on_shapes=lambda *_: asked.append("read"))
+    assert not asked

@@ -47,7 +47,6 @@ def batch(options: argparse.Namespace) -> int:
         raise ValueError("several processes need a job file; standard input is read by one alone")
 
     dotted: list[str] = []
-
     library = library_of(options.lora_dir)
 
     def check(request: Request) -> None:

@@ -61,7 +61,6 @@ def generate(options: argparse.Namespace) -> int:
     output = Output(options.output, first.prompt, range(first.seed, first.seed + count))
     output.check()
     model, dtype = asked.model, asked.dtype
-
     library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
 
     def check(config: ModelConfig) -> None:
@@ -206,6 +205,7 @@ def _find_again(options: argparse.Namespace, recipe: Any) -> dict[str, Path]:
     Raises:
         FileNotFoundError: one is gone. ValueError: one is another now.
     """
+    from sdjax.pipeline.adapters import names_of
     from sdjax.storage.cache import digest_of, digest_of_all
 
     for kind in ("adapters", "embeddings"):
@@ -216,7 +216,7 @@ def _find_again(options: argparse.Namespace, recipe: Any) -> dict[str, Path]:
             if (digest_of(path) if path.is_file() else digest_of_all([path])) != digest:
                 raise ValueError(f"{path}: not what the recipe was made with (its contents changed); give it again")
     options.embeddings = [*options.embeddings, *(name for name in recipe.embeddings if name not in options.embeddings)]
-    return {Path(name).stem: Path(name) for name in recipe.adapters}
+    return {name: path for path in map(Path, recipe.adapters) for name in names_of(path)}
 
 
 def _listed(found: dict[str, str]) -> str:

@@ -77,6 +77,40 @@ def tags_of(request: Request) -> list[LoraTag]:
     return tags
 
 
+def alias_of(path: Path) -> str | None:
+    """The name that the program which trained an adapter gave it; None without."""
+    from convert.files.open import open_source
+
+    try:
+        with open_source(path) as source:
+            return source.metadata.get("ss_output_name")
+    except (ValueError, OSError):
+        return None
+
+
+def names_of(path: Path) -> set[str]:
+    """The names that prompts may call an adapter's file by."""
+    return {name for name in (path.stem, path.name, str(path), alias_of(path)) if name}
+
+
+def read_learnt(paths: Sequence[str | Path], config: ModelConfig) -> tuple[list[Embedding], list[str]]:
+    """The learnt words (textual inversion) of files and folders, and notes on what in folders is none.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is no embedding, or one for another model.
+    """
+    from convert.embeddings import read_embeddings, read_folder
+
+    found, notes, clip = list[Embedding](), list[str](), config.clip
+    for path in (Path(given).expanduser() for given in paths):
+        if path.is_dir():
+            learnt, more = read_folder(path, clip.width, most=clip.length - 2)
+            found, notes = found + learnt, notes + more
+        else:
+            found += read_embeddings(path, clip.width, most=clip.length - 2)
+    return found, notes
+
+
 @dataclass(frozen=True, eq=False)
 class Library:
     """Where the adapters that requests name are.
@@ -109,7 +143,7 @@ class Library:
             return given
         there = self._there()
         found = [path for path in there if name in (path.stem, path.name, str(path.relative_to(self.folder or path)))]
-        found = found or [path for path in there if self._alias(path) == name]
+        found = found or [path for path in there if alias_of(path) == name]
         if len(found) > 1:
             listed = " and ".join(str(path) for path in found[:2])
             raise ValueError(f"the adapter {name!r:.100} could be {listed}; rename one of them, or give a path")
@@ -124,17 +158,6 @@ class Library:
             return []
         files = (path for path in sorted(self.folder.rglob("*")) if path.suffix.lower() in FILES)
         return [path for path in files if not path.name.startswith(".") and path.is_file()]
-
-    @staticmethod
-    def _alias(path: Path) -> str | None:
-        """The name that the program which trained it gave it."""
-        from convert.files.open import open_source
-
-        try:
-            with open_source(path) as source:
-                return source.metadata.get("ss_output_name")
-        except (ValueError, OSError):
-            return None
 
     def adapter(self, tag: LoraTag, config: ModelConfig) -> Adapter:
         """The adapter that a tag names, read once. Raises as `find`, and ValueError if the file cannot be used."""

@@ -19,7 +19,7 @@ from sdjax.config import ModelConfig
 from sdjax.devices.placement import HERE, Placement, placement_on
 from sdjax.devices.platform import pinned
 from sdjax.models.adapters import merged
-from sdjax.pipeline.adapters import Adapting, Library
+from sdjax.pipeline.adapters import Adapting, Library, read_learnt
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
 from sdjax.pipeline.programs import encoder, programs
@@ -108,18 +108,9 @@ class Pipeline:
         Raises:
             FileNotFoundError: there is no such file. ValueError: it is no embedding, or one for another model.
         """
-        from convert.embeddings import read_embeddings, read_folder
-
-        found: list[Embedding] = []
-        clip = self.config.clip
-        for path in map(Path, paths):
-            if path.is_dir():
-                learnt, notes = read_folder(path, clip.width, most=clip.length - 2)
-                for note in notes:
-                    warnings.warn(note, stacklevel=2)
-                found += learnt
-            else:
-                found += read_embeddings(path, clip.width, most=clip.length - 2)
+        found, notes = read_learnt(paths, self.config)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
         return dataclasses.replace(self, embeddings=self.words.with_embeddings(found).learnt)
 
     @property
