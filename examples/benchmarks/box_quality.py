@@ -227,6 +227,7 @@ def draw(pipe: Pipeline, prompts: Sequence[str], count: int, **settings: Any) ->
     """Pictures u8[prompts * count, H, W, 3], the seeds 0 .. count - 1 of the first prompt first."""
     total = len(prompts) * count
     say(f"drawing {total} pictures {settings or ''}")
+    settings = {"weighting": "none"} | settings  # the names as they are, brackets included
     return np.stack([np.asarray(p) for p in pipe.text_to_image(prompts, count=count, batch_size=BATCH, **settings)])
 
 

@@ -70,7 +70,7 @@ def unet_task(model: Pipeline, data: Dataset, settings: Settings, cache: Path) -
 
     def show(params: Params) -> Image.Image:
         """The first batch's captions, drawn by the model as it is now."""
-        return sheet(finish(params).text_to_image(prompts, batch=len(prompts)), 4, prompts)
+        return sheet(finish(params).text_to_image(prompts, batch_size=len(prompts), weighting="none"), 4, prompts)
 
     def finish(params: Params) -> Pipeline:
         return with_part(model, "unet", params)
