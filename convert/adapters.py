@@ -27,7 +27,7 @@ from convert.files.open import open_source
 from convert.files.source import DTYPES, FLOATS, CheckpointError, Source
 from convert.names import entries
 from convert.read import Converted
-from sdjax.config import ModelConfig
+from sdjax.config import SD15, SD21, ModelConfig
 from sdjax.models.adapter_forms import Path, Update, expected_shapes, form_of, missing_of, to_theirs
 from sdjax.models.adapters import Adapter, Change, Strength, Wanted, changed_leaf, touched
 from sdjax.models.params import dtype_of
@@ -63,6 +63,9 @@ SUFFIXES |= {
 SUFFIXES |= {f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")}
 
 LONGEST = max(map(len, SUFFIXES))
+
+NUMBERED = r"(unet|text_encoder):\d+:(up|down)"
+"""Names of files that number their modules."""
 
 PREFIXES = (
     *("base_model_model_", "lora_unet_", "lora_te_", "lora_te1_", "lycoris_", "oft_unet_", "oft_te_", "unet_"),
@@ -180,6 +183,46 @@ def read_adapter(path: str | FilePath, config: ModelConfig, *, rank_cut: int | N
     return adapter if rank_cut is None else _cut(adapter, rank_cut, path)
 
 
+def described(path: str | FilePath) -> str | None:
+    """What an adapter is and for which of the known models, in a few lines; None for what is no adapter.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `read_adapter`, if it is one and cannot be used with any of them.
+    """
+    path = FilePath(path)
+    file = path
+    if path.is_dir():
+        if not any(path.glob("adapter_model.*")):
+            return None
+        file, _ = _peft_folder(path)
+    with open_source(file) as source:
+        if not _modules(source)[0] and not all(re.fullmatch(rf"{NUMBERED}|<.*>|\d+", name) for name in source.tensors):
+            return None
+    refused: CheckpointError | None = None
+    for config in (SD15, SD21):
+        try:
+            adapter = read_adapter(path, config)
+        except CheckpointError as error:
+            refused = refused or error
+            continue
+        updates = adapter.updates.values()
+        forms = Counter("DoRA" if update.is_dora else update.form for update in updates)
+        ranks = sorted({update.rank for update in updates if update.rank is not None})
+        parts = Counter(kernel[0] for kernel in adapter.updates)
+        counted = ", ".join(f"{form} of {count} modules" for form, count in forms.items())
+        lines = [
+            f"adapter     {counted}, for {config.name}",
+            f"modules     {parts['unet']} of the UNet, {parts['text']} of the text encoder",
+            f"ranks       {', '.join(map(str, ranks)) or 'none'}",
+        ]
+        lines += [f"brings      the learnt word {name}, {len(v)} vectors" for name, v in adapter.embeddings.items()]
+        known = ("ss_output_name", "ss_base_model_version", "modelspec.title", HASH)
+        lines += [f"{key:11} {adapter.metadata[key]:.200}" for key in known if key in adapter.metadata]
+        return "".join(f"{line}\n" for line in [*lines, *(f"note        {note}" for note in adapter.notes)])
+    assert refused is not None
+    raise refused
+
+
 def _peft_folder(path: FilePath) -> tuple[FilePath, dict[str, Any]]:
     """The weights of a folder that peft wrote, and what its adapter_config.json says."""
     names = (
@@ -209,8 +252,7 @@ def _peft_folder(path: FilePath) -> tuple[FilePath, dict[str, Any]]:
 def _read(source: Source, path: FilePath, config: ModelConfig, settings: dict[str, Any]) -> Adapter:
     modules, rest = _modules(source)
     _refuse_others(source, path)
-    numbered = r"(unet|text_encoder):\d+:(up|down)"
-    if rest and all(re.fullmatch(numbered, name) or _is_embedding(name, source) for name in rest) and not modules:
+    if rest and all(re.fullmatch(NUMBERED, name) or _is_embedding(name, source) for name in rest) and not modules:
         modules = _numbered(source, rest, path, config)
         rest = [name for name in rest if _is_embedding(name, source)]
     if not modules and rest and all(name.isdigit() for name in rest):

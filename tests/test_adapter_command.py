@@ -13,6 +13,7 @@ import convert
 from convert.__main__ import main
 from convert.adapters import read_adapter, targets, write_adapter
 from convert.write import write_safetensors
+from sdjax.cli import main as sdjax_main
 from sdjax.models.adapters import Strength, merged
 from sdjax.models.params import random_params
 from sdjax.storage import checkpoint
@@ -164,3 +165,27 @@ def test_a_few_modules_that_the_model_lacks_are_told_and_the_others_act(there, t
     )
     found, original = (read_adapter(path, SMALL) for path in (tmp_path / "more.safetensors", there / "a.safetensors"))
     assert set(found.updates) == set(original.updates)
+
+
+def test_info_says_what_an_adapter_is_and_for_which_model(tmp_path, capsys):
+    tensors = {}
+    for at in ("down_blocks_0_attentions_0", "mid_block_attentions_0"):
+        width = 320 if at.startswith("down") else 1280
+        module = f"lora_unet_{at}_transformer_blocks_0_attn2_to_k"
+        tensors[f"{module}.lora_down.weight"] = np.ones((4, 768), np.float16)
+        tensors[f"{module}.lora_up.weight"] = np.ones((width, 4), np.float16)
+        tensors[f"{module}.alpha"] = np.array(2, np.float16)
+    save_file(tensors, tmp_path / "ink.safetensors", metadata={"ss_output_name": "ink v2"})
+    assert sdjax_main(["info", str(tmp_path / "ink.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[:3] == [
+        "adapter     lora of 2 modules, for sd15",
+        "modules     2 of the UNet, 0 of the text encoder",
+        "ranks       4",
+    ]
+    assert "ss_output_name ink v2" in shown
+    assert (
+        sdjax_main(["txt2img", "a", "--model", str(tmp_path / "ink.safetensors"), "-o", str(tmp_path / "x.png")]) == 2
+    )
+    assert "this is a LoRA file" in (error := capsys.readouterr().err)
+    assert "give a model, and this by --lora " in error

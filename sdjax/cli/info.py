@@ -30,11 +30,23 @@ def show_info(options: argparse.Namespace) -> int:
         print(_job_text(path), end="")
     elif path.is_dir() and (path / "settings.json").is_file() and not (path / "config.json").is_file():
         print(_training_text(path), end="")
+    elif path.exists() and (text := _adapter_text(path)) is not None:
+        print(text, end="")
     else:
         from sdjax.load import describe, find
 
         print(describe(find(options.path), **conversion_of(options)), end="")
     return 0
+
+
+def _adapter_text(path: Path) -> str | None:
+    """What an adapter (LoRA, LyCORIS) holds; None for anything else, which others say more of."""
+    from convert.adapters import described
+
+    try:
+        return described(path)
+    except (ValueError, OSError):
+        return None
 
 
 def _head(path: Path) -> bytes:

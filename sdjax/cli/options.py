@@ -152,9 +152,11 @@ def _add_warmup(commands: Any) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    text = "what a picture was made from, or what a model, a shard, a job or a training run holds"
+    text = "what a picture was made from, or what a model, an adapter, a shard, a job or a training run holds"
     command = commands.add_parser("info", help=text, description=text[0].upper() + text[1:] + ".")
-    command.add_argument("path", help="a picture, recipe, shard or folder, a checkpoint, a hub id or short name")
+    command.add_argument(
+        "path", help="a picture, recipe, shard, adapter or folder, a checkpoint, a hub id or short name"
+    )
     add_conversion(command)
     command.set_defaults(run=info.show_info)
 
