@@ -100,7 +100,7 @@ def model_of(options: argparse.Namespace) -> Pipeline:
 
 
 def steps(options: argparse.Namespace) -> None:
-    pipe, count = model_of(options), 2 if options.full else STEPS
+    pipe, count = model_of(options), STEPS
     width, height = (None, None) if options.size is None else parse_size(options.size)
     with tempfile.TemporaryDirectory() as folder:
         for rank in (32, 128, 256):
