@@ -387,6 +387,11 @@ def test_adapters_of_python_are_checked(pipe, folder):
         pipe.with_adapters({"gone.safetensors": 1})
     with pytest.raises(ValueError, match=r"must lie in \[-100, 100\], found nan"):
         pipe.with_adapters({folder / "a.safetensors": float("nan")})
+    with pytest.raises(ValueError, match=r"the weight of .* must be a number, or \(of the UNet, of the text encoder\)"):
+        pipe.with_adapters({folder / "a.safetensors": (1, 2, 3)})
+    with pytest.raises(ValueError, match="must lie in"):
+        pipe.with_adapters({folder / "a.safetensors": "0.8"})
+    assert pipe.with_adapters({folder / "a.safetensors": np.float32(0.5)}).config == MINI
     with pytest.raises(ValueError, match="FILE"):
         sdjax.Request("a", loras=("",)) and pipe.text_to_image("a", loras=("",), **SETTINGS)
 

@@ -32,7 +32,7 @@ RANKS = 64
 """Ranks of the smallest bank; one that must hold more has twice as many, and so on."""
 
 KEPT = 4
-"""Banks, and sets of merged parameters, that are kept for requests to come."""
+"""Banks, and sets of adapters to merge, that are kept for requests to come."""
 
 READ_BYTES = 2**31
 """Bytes of adapters that are kept for requests to come."""
@@ -199,16 +199,20 @@ def size_of(adapter: Adapter) -> int:
 
 @dataclass(eq=False)
 class Merged:
-    """Parameters with a set of adapters in them; made when they are first asked for."""
+    """Parameters with a set of adapters in them, made when they are asked for; of all sets one alone is in memory.
+
+    in_memory: the set that is, common to all.
+    """
 
     wanted: Wanted
     config: ModelConfig
-    made: Params | None = None
+    in_memory: list[tuple[Merged, Params]]
 
     def params(self, base: Params) -> Params:
-        if self.made is None:
-            self.made = merged(base, self.wanted, self.config)
-        return self.made
+        if not self.in_memory or self.in_memory[0][0] is not self:
+            self.in_memory.clear()
+            self.in_memory.append((self, merged(base, self.wanted, self.config)))
+        return self.in_memory[0][1]
 
 
 # Live
@@ -318,6 +322,7 @@ class Adapting:
     live: bool = True
     banks: list[Bank] = field(default_factory=list)
     sets: dict[Any, Merged] = field(default_factory=dict)
+    in_memory: list[tuple[Merged, Params]] = field(default_factory=list)
 
     def __call__(self, request: Request) -> Adapted:
         """What adapters make of a request.
@@ -344,7 +349,7 @@ class Adapting:
         if key not in self.sets:
             while len(self.sets) >= KEPT:
                 del self.sets[next(iter(self.sets))]
-            self.sets[key] = Merged(wanted, self.config)
+            self.sets[key] = Merged(wanted, self.config, self.in_memory)
         return self.sets[key]
 
     def _bank_for(self, wanted: Wanted) -> Bank:

@@ -23,7 +23,7 @@ from sdjax.pipeline.adapters import Adapting, Library, read_learnt
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
 from sdjax.pipeline.programs import encoder, programs
-from sdjax.request import BATCH, Request, check_positive, check_request, requests_for
+from sdjax.request import BATCH, Request, check_positive, check_request, need, requests_for
 from sdjax.storage.cache import digest_of, digest_of_all
 from sdjax.text.embeddings import Embedding, Vocabulary
 from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read
@@ -93,7 +93,9 @@ class Pipeline:
         """
         tags = []
         for file, weights in adapters.items():
-            unet, text = weights if isinstance(weights, Sequence) else (weights, weights)
+            pair = weights if isinstance(weights, tuple | list) else (weights, weights)
+            need(len(pair) == 2, f"the weight of {file}", "a number, or (of the UNet, of the text encoder)", weights)
+            unet, text = pair
             tags.append(check_strength(LoraTag(str(file), text, unet)))
         wanted = self.library.wanted(tags, self.config)
         learnt = [Embedding(name, v, str(one.source)) for one, _ in wanted for name, v in one.embeddings.items()]
@@ -129,6 +131,7 @@ class Pipeline:
             ValueError: a prompt has a schedule, parts or networks, which numbers cannot say.
         """
         clip, encoded = self.config.clip, []
+        need(isinstance(prompts, str) or len(prompts) > 0, "prompts", "a string, or a list of at least one", prompts)
         for text in [prompts] if isinstance(prompts, str) else prompts:
             check_request(Request(text, weighting=weighting, clip_skip=clip_skip), self.config, self.name)
             found = read(text, weighting, steps=1000)

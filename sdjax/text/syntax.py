@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import NamedTuple
 
 ROUND, SQUARE = 1.1, 1 / 1.1
@@ -136,7 +137,7 @@ def lora_of(text: str) -> LoraTag:
 def check_strength(tag: LoraTag) -> LoraTag:
     """The tag. Raises ValueError if its weights are no numbers, or too large to mean anything."""
     for weight in (tag.unet, tag.text):
-        good = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) <= LARGEST_STRENGTH
+        good = isinstance(weight, Real) and not isinstance(weight, bool) and abs(weight) <= LARGEST_STRENGTH
         if not good:
             bounds = f"[-{LARGEST_STRENGTH}, {LARGEST_STRENGTH}]"
             raise ValueError(f"the weight of the adapter {tag.name!r:.100} must lie in {bounds}, found {weight!r}")
