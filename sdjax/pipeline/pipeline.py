@@ -211,7 +211,7 @@ class Pipeline:
         on_error: called for a request that cannot be made, and the others are; without it, and where `requests` itself
             fails, no more are taken, and the error is raised when those before it have been handed out.
         live_adapters: whether pictures with different adapters share batches; else each set of adapters is merged into
-            the parameters for the pictures that have it, and no step costs more.
+            the parameters for the pictures that have it, and no step costs more. With `batch_invariant` they are merged.
         earlier: `batch`, the name that batch_size had.
 
         Raises:
@@ -315,7 +315,8 @@ class Pipeline:
         return _files_of(self.library, self.words, prompt, negative, request.weighting, tuple(request.loras))
 
     def _adapting(self, live: bool) -> Adapting:
-        return Adapting(self.config, self.placement, self.library, live)
+        """Whoever came first has the first ranks of a bank, which rounds in another way: to the bit they are merged."""
+        return Adapting(self.config, self.placement, self.library, live and not self.placement.batch_invariant)
 
     @pinned
     def _prepared(self, request: Request, sources: Sources, adapting: Adapting | None = None) -> Prepared:
