@@ -211,7 +211,7 @@ class Pipeline:
         on_error: called for a request that cannot be made, and the others are; without it, and where `requests` itself
             fails, no more are taken, and the error is raised when those before it have been handed out.
         live_adapters: whether pictures with different adapters share batches; else each set of adapters is merged into
-            the parameters for the pictures that have it, and no step costs more. With `batch_invariant` they are merged.
+            the parameters for the pictures that have it, and no step costs more (always so with `batch_invariant`).
         earlier: `batch`, the name that batch_size had.
 
         Raises:
