@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ KEPT = {"F32", "F16", "BF16"}  # what dtype "keep" leaves as it is; the other fl
 
 
 @dataclass(eq=False)
-class Laid:
+class Laid(ABC):
     """What becomes parameters when they are asked for: a tensor of a file (`Tensor`), or what is computed of others."""
 
     entry: Entry
@@ -28,13 +29,13 @@ class Laid:
     _lock: Any = field(default_factory=threading.Lock, init=False, kw_only=True)
 
     @property
+    @abstractmethod
     def target(self) -> np.dtype:
         """The dtype that the numbers are handed out in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def array(self) -> np.ndarray:
         """The numbers as `entry` lays them out in a file."""
-        raise NotImplementedError
 
     def leaves(self) -> dict[Path, Leaf]:
         """The parameters it becomes, none of them read yet."""
