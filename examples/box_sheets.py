@@ -1,9 +1,9 @@
-"""The README's pictures of the model in the box: what it draws, image to image, inpainting.
+"""The README's pictures of the model in the box: what it draws, what prompts can say, image to image, inpainting.
 
     python examples/box_sheets.py run/box sheets
 
-writes sheets/drawn.png, sheets/image_to_image.png and sheets/inpainting.png, and prints how far each picture of image
-to image is from its input: the root mean squared difference of a value in [0, 1]. Some minutes on two CPU cores.
+writes sheets/drawn.png, prompts.png, image_to_image.png and inpainting.png, and prints how far each picture of image to
+image is from its input: the root mean squared difference of a value in [0, 1]. Some minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ PROMPTS = (
 )
 """48 for the sheet; the model has never seen a "green heart"."""
 
+RECIPES = (
+    *("red heart", "red heart AND blue circle", "[red heart:blue star:6]", "[red heart|green apple]"),
+    *("cat face", "cat face AND dog face", "[cat face:dog face:0.4]", "cat face AND tiger face :0.5"),
+)
+"""What weights, parts and schedules make of the same seed."""
+
 CHANGES = (
     ("red heart", "green apple"),
     ("grinning face", "jack-o-lantern"),
@@ -51,8 +57,8 @@ def distance(picture: Image.Image, other: Image.Image) -> float:
     return float(np.sqrt(np.square(a - b).mean()))
 
 
-def enlarged(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    return [p.resize((2 * p.width, 2 * p.height), Image.Resampling.LANCZOS) for p in pictures]
+def enlarged(pictures: Sequence[Image.Image], times: int = 2) -> list[Image.Image]:
+    return [p.resize((times * p.width, times * p.height), Image.Resampling.LANCZOS) for p in pictures]
 
 
 def save(path: Path, image: Image.Image) -> None:
@@ -63,6 +69,10 @@ def save(path: Path, image: Image.Image) -> None:
 
 def drawn(pipe: Pipeline) -> Image.Image:
     return sheet(enlarged(pipe.text_to_image(PROMPTS, batch_size=16)), 8, PROMPTS)
+
+
+def prompts(pipe: Pipeline) -> Image.Image:
+    return sheet(enlarged(pipe.text_to_image(RECIPES, seed=1), 3), 4, RECIPES)
 
 
 def image_to_image(pipe: Pipeline) -> Image.Image:
@@ -105,7 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     pipe = sdjax.load(options.model)
-    for make in (drawn, image_to_image, inpainting):
+    for make in (drawn, prompts, image_to_image, inpainting):
         save(options.out / f"{make.__name__}.png", make(pipe))
 
 

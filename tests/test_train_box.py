@@ -49,6 +49,7 @@ def test_all_three_parts_are_trained_into_a_model_that_draws(examples, tmp_path,
     assert {file.name: file.read_bytes() for file in again.rglob("*") if file.is_file()} == before
 
     assert box_sheets.drawn(pipe).width == 8 * (2 * MINI.image_size + 4) + 4
+    assert box_sheets.prompts(pipe).width == 4 * (3 * MINI.image_size + 4) + 4
     box_sheets.inpainting(pipe)
     said = capsys.readouterr().out
     assert "the known half is kept to the byte" in said
