@@ -24,6 +24,9 @@ The model in the box on two cores of an AMD EPYC with AVX-512, 2026-11-26, jax 0
         live, rank up to 128                         10.1 ms   1.95
         live, rank up to 256                         11.6 ms   2.23
         live with convolutions, rank up to 64         9.8 ms   1.89
+    with --full --size 256x256 --rounds 1, from two steps alone: weights 1.04, three chunks 1.08, a text for every step
+        1.20, two prompts joined by AND 1.54 of a plain step of 1.04 s; live adapters were lost in the noise of making
+        their banks, and have not been measured at full size
     merging two adapters of rank 32 into box: 0.02 s; 13 MB of parameters changed, 0 MB beyond them at most
     an adapter of 151 MB: 65 ms, 73 ms for reading its file: 0.89 times (beside other work 1.10 to 1.42)
 """
