@@ -100,6 +100,12 @@ def test_parts_act_together_without_guidance_too(made):
     assert not np.allclose(made("red AND blue", guidance=1.0), made("red", guidance=1.0), atol=1e-4)
 
 
+def test_a_weight_on_the_whole_prompt_needs_the_negative_one_without_guidance_too(made):
+    expected = made("red disc", guidance=2.0, negative_prompt="green square")
+    found = made("red disc :2", guidance=1.0, negative_prompt="green square")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_compel_weight_of_0_does_not_see_the_word(made):
     """Nearly: the word's place is there, and nobody attends to it."""
     without = made("red (blue)0", weighting="compel")

@@ -205,15 +205,14 @@ def _find_again(options: argparse.Namespace, recipe: Any) -> dict[str, Path]:
     Raises:
         FileNotFoundError: one is gone. ValueError: one is another now.
     """
-    from sdjax.pipeline.adapters import names_of
-    from sdjax.storage.cache import digest_of, digest_of_all
+    from sdjax.pipeline.adapters import digest_of_adapter, names_of
 
     for kind in ("adapters", "embeddings"):
         for name, digest in getattr(recipe, kind).items():
             path = Path(name)
             if not path.exists():
                 raise FileNotFoundError(f"{path}: gone; it is one of the {kind} that the recipe was made with")
-            if (digest_of(path) if path.is_file() else digest_of_all([path])) != digest:
+            if digest_of_adapter(path) != digest:
                 raise ValueError(f"{path}: not what the recipe was made with (its contents changed); give it again")
     options.embeddings = [*options.embeddings, *(name for name in recipe.embeddings if name not in options.embeddings)]
     return {name: path for path in map(Path, recipe.adapters) for name in names_of(path)}

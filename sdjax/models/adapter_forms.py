@@ -358,6 +358,11 @@ class Form(NamedTuple):
     rank: Callable[[Tensors], int | None] = lambda tensors: None
     low_rank: Callable[[Update], Factors | None] = lambda update: None
 
+    @property
+    def groups(self) -> list[set[str]]:
+        """`needs`, as the names of which one has to be there."""
+        return [set(need.split("|")) for need in self.needs]
+
 
 LORA = ("lora_down", "lora_up", "lora_mid")
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -435,7 +440,7 @@ FORMS: dict[str, Form] = {
 def form_of(names: set[str]) -> str | None:
     """The form that has tensors of these names, all of them; None if there is none."""
     for name, form in FORMS.items():
-        needed = [set(need.split("|")) for need in form.needs]
+        needed = form.groups
         if all(names & need for need in needed) and names <= set().union(*needed, form.may_have):
             return name
     return None
@@ -445,7 +450,7 @@ def missing_of(names: set[str]) -> str | None:
     """What a half of a pair lacks: the tensor that would make a form of these; None if that cannot be told."""
     best = None
     for form in FORMS.values():
-        needed = [set(need.split("|")) for need in form.needs]
+        needed = form.groups
         lacking = [need for need in needed if not names & need]
         if lacking and len(lacking) < len(needed) and (best is None or len(lacking) < len(best)):
             best = lacking

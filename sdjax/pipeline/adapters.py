@@ -23,6 +23,7 @@ from sdjax.hints import hint
 from sdjax.models.adapters import NO_GATES, Adapter, Strength, merged, sections, strength_at
 from sdjax.models.params import abstract_params
 from sdjax.request import Request
+from sdjax.storage.cache import digest_of, digest_of_all
 from sdjax.text.embeddings import Embedding
 from sdjax.text.prompt import read
 from sdjax.text.syntax import LoraTag, check_strength, lora_of, parse_blocks
@@ -91,6 +92,11 @@ def alias_of(path: Path) -> str | None:
 def names_of(path: Path) -> set[str]:
     """The names that prompts may call an adapter's file by."""
     return {name for name in (path.stem, path.name, str(path), alias_of(path)) if name}
+
+
+def digest_of_adapter(path: Path) -> str:
+    """The sha256 of an adapter: of its file, or of all files of its folder."""
+    return digest_of(path) if path.is_file() else digest_of_all([path])
 
 
 def read_learnt(paths: Sequence[str | Path], config: ModelConfig) -> tuple[list[Embedding], list[str]]:

@@ -19,12 +19,12 @@ from sdjax.config import ModelConfig
 from sdjax.devices.placement import HERE, Placement, placement_on
 from sdjax.devices.platform import pinned
 from sdjax.models.adapters import merged
-from sdjax.pipeline.adapters import Adapting, Library, read_learnt
+from sdjax.pipeline.adapters import Adapting, Library, digest_of_adapter, read_learnt
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
 from sdjax.pipeline.programs import encoder, programs
 from sdjax.request import BATCH, Request, check_positive, check_request, need, requests_for
-from sdjax.storage.cache import digest_of, digest_of_all
+from sdjax.storage.cache import digest_of
 from sdjax.text.embeddings import Embedding, Vocabulary
 from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read
 from sdjax.text.syntax import LoraTag, check_strength, lora_of
@@ -366,9 +366,7 @@ def _files_of(
     paths = {str(path): path for path in (library.find(tag.name) for tag in tags)}
     learnt = dict.fromkeys(embedding.source for embedding in vectors.used.values() if embedding.source)
     return {
-        "adapters": {
-            name: digest_of(path) if path.is_file() else digest_of_all([path]) for name, path in paths.items()
-        },
+        "adapters": {name: digest_of_adapter(path) for name, path in paths.items()},
         "embeddings": {name: digest_of(Path(name)) for name in learnt},
     }
 

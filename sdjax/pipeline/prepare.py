@@ -127,7 +127,7 @@ def readings(full: Request, config: ModelConfig) -> tuple[Reading | np.ndarray, 
     """
     steps = (full.steps or 1) * calls_per_step(full.sampler or "")
     positive = reading(full.prompt, full.weighting, steps, config)
-    is_used = full.guidance != 1 or (isinstance(positive, Reading) and len(positive.parts) > 1)
+    is_used = full.guidance != 1 or (isinstance(positive, Reading) and [part.weight for part in positive.parts] != [1])
     negative = reading(full.negative_prompt if is_used else "", full.weighting, steps, config, negative=True)
     for prompt in (positive, negative):
         for note in prompt.notes if isinstance(prompt, Reading) else ():
