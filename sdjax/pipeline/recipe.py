@@ -35,9 +35,21 @@ FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 QUALITY = 95  # of WebP and JPEG
 EXIF_FOLDER, DESCRIPTION, COMMENT = 0x8769, 0x010E, 0x9286
 COMMENT_CODE = b"UNICODE\0"  # EXIF 2.3, section 4.6.5: the code of the text that follows
-ADDED: dict[str, Any] = {"conversion": {}, "environment": {}, "weighting": "none", "loras": []}
-ADDED |= {"adapters": {}, "embeddings": {}}
-"""Entries that recipes of earlier versions lack, and what held then."""
+FIRST: tuple[str, ...] = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "steps",
+    "guidance",
+    "guidance_rescale",
+    "guidance_interval",
+    "sampler",
+)
+FIRST += ("spacing", "eta", "clip_skip", "width", "height", "strength", "noise")
+"""Settings that every recipe has; later ones may be missing from recipes of earlier versions, and had their default."""
+
+ADDED: dict[str, Any] = {"conversion": {}, "environment": {}, "adapters": {}, "embeddings": {}, "weighting": "none"}
+"""Further entries that recipes of earlier versions lack, and what held then."""
 
 UNSHOWN = ("image", "mask", "id")
 """Settings of a request that are not in a recipe as they are."""
@@ -102,13 +114,14 @@ class RecipeBase:
         try:
             data: dict[str, Any] = json.loads(text)
             kinds = typing.get_type_hints(made)
-            if not isinstance(data, dict) or not set(kinds) - {*ADDED} <= set(data):
+            earlier = {field.name: field.default for field in dataclasses.fields(kind) if field.name in made.settings}
+            earlier = {name: value for name, value in earlier.items() if name not in FIRST} | ADDED
+            if not isinstance(data, dict) or not set(kinds) - {*earlier} <= set(data):
                 raise ValueError("the entries are not those of a recipe")
             if unknown := sorted(set(data) - set(kinds)):
                 by = f"it was made by sdjax {data['version']!s:.20}; update yours"
                 raise ValueError(f"{unknown[0]!r:.60} is no entry that is known ({by})")
-            for name, earlier in ADDED.items():
-                data.setdefault(name, earlier)
+            data = {name: list(v) if isinstance(v, tuple) else v for name, v in earlier.items()} | data
             for name, expected in kinds.items():
                 if not _fits(expected, data[name]):
                     raise ValueError(f"{name} cannot be {data[name]!r:.60}")
@@ -157,7 +170,7 @@ def recipe_class(kind: type[Request]) -> type[RecipeBase]:
     fields: list[Any] = []
     for name, each in known.items():
         entry: Any = KINDS[each.kind]
-        more = (dataclasses.field(default=defaults[name]),) if name in ADDED else ()
+        more = () if name in FIRST else (dataclasses.field(default=defaults[name]),)
         fields.append((name, entry | None if name in may_lack else entry, *more))
     made: Any = dataclasses.make_dataclass(
         "Recipe", fields, bases=(RecipeBase,), frozen=True, kw_only=True, namespace={"settings": known}
