@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sdjax.config import TINY as TINY
     from sdjax.config import ModelConfig as ModelConfig
     from sdjax.diffusion.samplers import SAMPLERS as SAMPLERS
-    from sdjax.diffusion.schedule import SPACINGS as SPACINGS
+    from sdjax.diffusion.spacings import SPACINGS as SPACINGS
     from sdjax.load import load as load
     from sdjax.models.params import cast as cast
     from sdjax.models.params import random_params as random_params
@@ -37,7 +37,7 @@ HOMES = {
     "SD15_INPAINT": "config",
     "SD21": "config",
     "SD21_BASE": "config",
-    "SPACINGS": "diffusion.schedule",
+    "SPACINGS": "diffusion.spacings",
     "TINY": "config",
     "ModelConfig": "config",
     "Pipeline": "pipeline.pipeline",

@@ -19,9 +19,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from sdjax.config import ModelConfig, SamplingConfig
+from sdjax.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, nearest_sampler, nearest_spacing, sampler_of, spacing_of
 from sdjax.diffusion.plan import Plan, make_plan
-from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import SPACINGS
+from sdjax.diffusion.samplers import CHURN, SAMPLERS
+from sdjax.diffusion.spacings import RHO, SPACINGS
 from sdjax.image import ImageLike, working_size
 from sdjax.text import prompt as prompts
 from sdjax.text.prompt import WEIGHTINGS
@@ -36,31 +37,14 @@ NOISES = ("jax", "torch")
 STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 """How much of a picture is changed when nothing is said."""
 
+CFG_PP_GUIDANCE = 0.6
+"""Of samplers with CFG++ when nothing is said: theirs is of another scale, about a twelfth of the usual one."""
+
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
 SEEDS = 2**32
 
 TASKS = ("txt2img", "img2img", "inpaint")
 WITH_PICTURE = ("img2img", "inpaint")
-
-SAMPLER_NAMES = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "lms": "LMS",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_sde": "DPM++ SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-"""Samplers as other tools spell them; a spacing may follow, as in "DPM++ 2M Karras". One that is
-not in it goes by our name.
-"""
 
 
 def is_int(value: Any, low: int | None = None, high: int | None = None) -> bool:
@@ -108,6 +92,7 @@ class Setting(NamedTuple):
     similar: names of other tools that are refused with the name used here.
     label: its name in the "parameters" text that other tools read, and shown: its value there.
     in_plan: whether the sampler's rows depend on it.
+    nearest: what of it comes nearest to a text that is none, for errors.
     """
 
     kind: Literal["text", "texts", "int", "float", "fractions", "picture", "noise"]
@@ -123,6 +108,7 @@ class Setting(NamedTuple):
     label: str | None = None
     shown: Callable[[Any], Any] = lambda value: value
     in_plan: bool = False
+    nearest: Callable[[str], str] | None = None
 
 
 Kind = TypeVar("Kind", bound=type)
@@ -276,6 +262,7 @@ class Request:
         label="Sampler",
         shown=lambda value: SAMPLER_NAMES.get(value, value),
         in_plan=True,
+        nearest=nearest_sampler,
     )
     spacing: str | None = setting(
         None,
@@ -287,7 +274,20 @@ class Request:
         metavar="K",
         similar=("schedule", "schedule_type", "noise_schedule", "sigmas"),
         label="Schedule type",
-        shown=str.capitalize,
+        shown=lambda value: SPACING_NAMES.get(value, value.capitalize()),
+        in_plan=True,
+        nearest=nearest_spacing,
+    )
+    rho: float | None = setting(
+        None,
+        kind="float",
+        expected="above 0, 100 at most",
+        accepts=lambda value: is_real(value, 1e-3, 100),
+        help=f"exponent of the spacings {' and '.join(RHO)}",
+        usual=", ".join(f"{value:g}" for value in RHO.values()),
+        metavar="R",
+        similar=("schedule_rho",),
+        label="Schedule rho",
         in_plan=True,
     )
     eta: float | None = setting(
@@ -295,10 +295,55 @@ class Request:
         kind="float",
         expected="in [0, 1]",
         accepts=lambda value: is_real(value, 0, 1),
-        help="noise of the sampler ddim, 0 to 1",
-        usual="0",
+        help="how much noise a sampler adds that adds any, 0 to 1",
+        usual="1; of ddim 0, of tcd 0.3",
         metavar="E",
         similar=("ddim_eta",),
+        label="Eta",
+        in_plan=True,
+    )
+    s_churn: float = setting(
+        0.0,
+        kind="float",
+        expected="a number from 0",
+        accepts=lambda value: is_real(value, 0),
+        help="noise added before steps of euler, heun and dpm2 (Karras et al. 2022)",
+        usual="0",
+        metavar="S",
+        label="Sigma churn",
+        in_plan=True,
+    )
+    s_tmin: float = setting(
+        0.0,
+        kind="float",
+        expected="a number from 0",
+        accepts=lambda value: is_real(value, 0),
+        help="least sigma at which s_churn acts",
+        usual="0",
+        metavar="S",
+        label="Sigma tmin",
+        in_plan=True,
+    )
+    s_tmax: float | None = setting(
+        None,
+        kind="float",
+        expected="a number from 0",
+        accepts=lambda value: is_real(value, 0),
+        help="greatest sigma at which s_churn acts",
+        usual="no bound",
+        metavar="S",
+        label="Sigma tmax",
+        in_plan=True,
+    )
+    s_noise: float = setting(
+        1.0,
+        kind="float",
+        expected="a number from 0",
+        accepts=lambda value: is_real(value, 0),
+        help="what all noise that the sampler adds is multiplied by",
+        usual="1",
+        metavar="S",
+        label="Sigma noise",
         in_plan=True,
     )
     clip_skip: int | None = setting(
@@ -412,17 +457,9 @@ def ours(named: Mapping[str, Any], kind: type[Request] | None = None) -> dict[st
         found["sampler"] = sampler
         if spacing is not None and found.get("spacing") is None:
             found["spacing"] = spacing
+    if isinstance(found.get("spacing"), str):
+        found["spacing"] = spacing_of(found["spacing"])
     return found
-
-
-def sampler_of(name: str) -> tuple[str, str | None]:
-    """Sampler, and spacing if it is in the name, from a name of ours or of other tools ("DPM++ 2M Karras")."""
-    theirs = {spelling.lower(): here for here, spelling in SAMPLER_NAMES.items()}
-    plain = " ".join(name.lower().split())
-    first, _, last = plain.rpartition(" ")
-    if name not in SAMPLERS and last in SPACINGS and (first in theirs or first in SAMPLERS):
-        return theirs.get(first, first), last
-    return theirs.get(plain, name), None
 
 
 def random_seed(count: int = 1) -> int:
@@ -433,10 +470,10 @@ def random_seed(count: int = 1) -> int:
 # Checks
 
 
-def need(good: bool, name: str, expected: str, found: Any) -> None:
+def need(good: bool, name: str, expected: str, found: Any, advice: str = "") -> None:
     """Raises ValueError, naming a setting, what was expected and what was found, unless it is good."""
     if not good:
-        raise ValueError(f"{name} must be {expected}, found {found!r}")
+        raise ValueError(f"{name} must be {expected}, found {found!r}{advice}")
 
 
 def check_positive(**numbers: Any) -> None:
@@ -457,13 +494,30 @@ def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -
     for name, known in settings(kind).items():
         value = values.get(name)
         if name in values and not (value is None and defaults[name] is None):
-            need(known.accepts(value), name, known.expected, value)
+            advice = ""
+            if known.nearest is not None and isinstance(value, str) and not known.accepts(value):
+                advice = f"; nearest to it is {known.nearest(value)}"
+            need(known.accepts(value), name, known.expected, value, advice)
             if known.kind in ("text", "texts"):
                 expected = "text (half of a character, or bytes that are none, cannot be kept in a recipe)"
                 texts: Any = [value] if isinstance(value, str) else value if known.kind == "texts" else []
                 need(all(map(is_storable, texts)), name, expected, value)
-    eta, sampler = values.get("eta"), values.get("sampler")
-    need(eta is None or sampler in (None, "ddim"), "eta", f"left out for {sampler} (it belongs to ddim)", eta)
+    _check_sampler(values)
+
+
+def _check_sampler(values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a setting is given that the sampler or the spacing does not have."""
+    sampler, spacing = SAMPLERS.get(values.get("sampler") or ""), values.get("spacing")
+    if sampler is not None:
+        for name, usual in (("eta", None), *((name, 0.0 if name != "s_tmax" else None) for name in CHURN)):
+            owners = ", ".join(each for each, one in SAMPLERS.items() if name in one.options)
+            good = name in sampler.options or values.get(name) in (None, usual)
+            need(good, name, f"left out for {values['sampler']} (it belongs to {owners})", values.get(name))
+        good = sampler.stochastic or bool({"eta", *CHURN} & {*sampler.options}) or values.get("s_noise") in (None, 1)
+        need(good, "s_noise", f"left out for {values['sampler']}, which adds no noise", values.get("s_noise"))
+    if spacing is not None:
+        good = spacing in RHO or values.get("rho") is None
+        need(good, "rho", f"left out for {spacing} (it belongs to {', '.join(RHO)})", values.get("rho"))
 
 
 def check_request(request: Request, config: ModelConfig, name: str) -> Request:
@@ -504,6 +558,9 @@ def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
     """The request with every default in its place. defaults: the model's own."""
     missing = ("steps", "guidance", "sampler", "spacing")
     found = {name: getattr(defaults, name) for name in missing if getattr(request, name) is None}
+    chosen = SAMPLERS.get(request.sampler) if isinstance(request.sampler, str) else None
+    if "guidance" in found and chosen is not None and chosen.cfg_pp:
+        found["guidance"] = CFG_PP_GUIDANCE
     if request.strength is None:
         task = "img2img" if request.image is not None and request.mask is None else "inpaint"
         found["strength"] = STRENGTHS[task]  # without a picture all is made from noise, too

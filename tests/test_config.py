@@ -23,7 +23,7 @@ from sdjax.config import (
     VAEConfig,
 )
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import SPACINGS
+from sdjax.diffusion.spacings import SPACINGS
 
 VARIATION = dataclasses.replace(
     TINY,

@@ -9,11 +9,11 @@ from PIL import Image
 
 from sdjax.cli.options import parser
 from sdjax.config import SamplingConfig
+from sdjax.diffusion.names import SAMPLER_NAMES, sampler_of
 from sdjax.jobs.forms import FIELDS, OPTIONS, Known
 from sdjax.jobs.job_file import Rejected, from_json, read_lines, to_json
 from sdjax.pipeline.recipe import Recipe, encoded, read_recipe, recipe_of
 from sdjax.request import (
-    SAMPLER_NAMES,
     TASKS,
     Request,
     aliases,
@@ -147,12 +147,72 @@ def test_samplers_are_understood_as_other_tools_spell_them(name):
     assert Request("a", sampler=f"{SAMPLER_NAMES[name]} Karras", spacing="trailing").spacing == "trailing"
 
 
+@pytest.mark.parametrize(
+    ("spelled", "sampler", "spacing"),
+    [
+        ("euler_ancestral", "euler_a", None),
+        ("k_dpm_2_a", "dpm2_a", None),
+        ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde", None),
+        ("DPM++ 2M SDE Heun Exponential", "dpmpp_2m_sde_heun", "exponential"),
+        ("DPM++ 3M SDE SGM Uniform", "dpmpp_3m_sde", "sgm_uniform"),
+        ("Euler Beta", "euler", "beta_a1111"),
+        ("dpmpp_2m beta", "dpmpp_2m", "beta"),
+        ("DPM++ 2M trailing", "dpmpp_2m", "trailing"),
+        ("DDIM CFG++", "euler_cfg_pp", None),
+        ("Karras", "Karras", None),
+        ("no such", "no such", None),
+    ],
+)
+def test_a_sampler_may_have_its_spacing_in_its_name(spelled, sampler, spacing):
+    assert sampler_of(spelled) == (sampler, spacing)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "spacing"),
+    [("Karras", "karras"), ("SGM Uniform", "sgm_uniform"), ("Align Your Steps", "ays_a1111"), ("Uniform", "normal")]
+    + [("Beta", "beta_a1111"), ("beta", "beta"), ("KL Optimal", "kl_optimal_a1111"), ("DDIM", "ddim_uniform")],
+)
+def test_spacings_are_understood_as_a1111_spells_them(spelled, spacing):
+    assert Request("a", spacing=spelled).spacing == spacing
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ({"sampler": "DPM adaptive"}, "nearest to it is dpmpp_2m"),
+        ({"sampler": "DPM++ 2S"}, "nearest to it is dpmpp_2s_a"),
+        ({"sampler": "eular a"}, "nearest to it is euler_a"),
+        ({"spacing": "karass"}, "nearest to it is karras"),
+        ({"spacing": "linear_quadratic"}, "nearest to it is sgm_uniform"),
+    ],
+)
+def test_a_name_that_nobody_can_run_is_refused_with_the_nearest_that_can(settings, nearest):
+    with pytest.raises(ValueError, match=nearest):
+        check_values(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "dpmpp_2m", "s_churn": 1.0}, "s_churn must be left out for dpmpp_2m .it belongs to euler, heun"),
+        ({"sampler": "unipc", "s_noise": 1.1}, "s_noise must be left out for unipc, which adds no noise"),
+        ({"sampler": "euler", "eta": 0.5}, "eta must be left out for euler .it belongs to ddim, euler_a"),
+        ({"spacing": "simple", "rho": 3.0}, "rho must be left out for simple .it belongs to karras, polyexponential"),
+        ({"s_churn": -1.0}, "s_churn must be a number from 0, found -1"),
+        ({"rho": 0.0}, "rho must be above 0"),
+    ],
+)
+def test_settings_of_other_samplers_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_values(settings)
+
+
 def test_a_line_may_use_the_names_of_other_tools():
     (line,) = lines('{"prompt": "a", "cfg_scale": 3, "num_inference_steps": 5, "sampler_name": "Euler a"}')
     assert (line.request.guidance, line.request.steps, line.request.sampler) == (3, 5, "euler_a")
     (line,) = lines('{"prompt": "a", "sampler": "DPM++ 2M SDE Karras", "num_images_per_prompt": 2}')
     assert (line.request.sampler, line.request.spacing, line.count) == ("dpmpp_2m_sde", "karras", 2)
-    (rejected,) = lines('{"prompt": "a", "sampler": "DPM++ 3M SDE"}')
+    (rejected,) = lines('{"prompt": "a", "sampler": "DPM adaptive"}')
     assert "sampler must be one of ddpm" in rejected.reason
 
 

@@ -18,7 +18,7 @@ from tests.data import make_selftest
 
 NETWORKS = {"text encoder", "vae encoder, mean", "vae encoder, log-variance", "vae decoder"}
 NETWORKS |= {f"unet, t = {t}" for t in selftest.TIMESTEPS}
-CHECKS = {"tokenizer"} | NETWORKS | {f"sampler {name}" for name in SAMPLERS}
+CHECKS = {"tokenizer"} | NETWORKS | {f"sampler {name}" for name in selftest.SAMPLED}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,7 +87,7 @@ from convert.adapters import write_adapter
 from sdjax.config import SD15
 from sdjax.devices.compilation import compilations
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import SPACINGS
+from sdjax.diffusion.spacings import SPACINGS
 from sdjax.jobs import run as jobs
 from sdjax.models.params import cast, random_params
 from sdjax.pipeline.adapters import Library

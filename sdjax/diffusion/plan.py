@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sdjax.config import ScheduleConfig
-from sdjax.diffusion.samplers import SAMPLERS, Rows, ddim
+from sdjax.diffusion.rows import Rows
+from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, start_step
 from sdjax.types import Guidance
 
@@ -38,7 +39,12 @@ def make_plan(
     steps: int,
     sampler: str,
     spacing: str,
+    rho: float | None,
     eta: float | None,
+    s_churn: float,
+    s_tmin: float,
+    s_tmax: float | None,
+    s_noise: float,
     strength: float,
     guidance: float,
     guidance_rescale: float,
@@ -46,18 +52,25 @@ def make_plan(
 ) -> Plan:
     """The plan for one picture's settings (`Request`), every default in its place."""
     schedule = noise_schedule(config)
-    sigma = schedule.levels(steps, spacing)
+    sigma = schedule.levels(steps, spacing, rho)
     low, high = _interval(sigma, guidance_interval)
-    sigma = sigma[start_step(steps, strength) :]
-    chosen = SAMPLERS[sampler] if eta is None else ddim(eta)
-    count = len(chosen.table(sigma).scale) if len(sigma) > 1 else 0
-    rows = chosen.rows(schedule, sigma, row_bound(count))
+    sigma = sigma[start_step(len(sigma) - 1, strength) :]
+    chosen, start = SAMPLERS[sampler], float(sigma[0])
+    asked = {"eta": eta, "s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
+    options: dict[str, Any] = {
+        name: value for name, value in asked.items() if name in chosen.options and value is not None
+    }
+    count = len(chosen.rows(schedule, sigma, **options).scale)
+    rows = chosen.rows(schedule, sigma, row_bound(count), s_noise=s_noise, **options)
+    if count:  # noise before the first step is part of the initial noise
+        start = float(np.sqrt(start**2 + s_noise**2 * (rows.levels.sigma[0] ** 2 - start**2)))
     inside = (low < rows.levels.sigma) & (rows.levels.sigma <= high) & (np.arange(len(rows.scale)) < count)
-    scale = np.where(inside, guidance, 1.0)
+    strong = guidance / np.where(inside, rows.history[:, 0], 1.0) if chosen.cfg_pp else guidance
+    scale = np.where(inside, strong, 1.0)
     steering = Guidance(scale, np.where(inside, guidance_rescale, 0.0), scale != 1)
     rows = rows._replace(levels=rows.levels._replace(guidance=steering))
     jax.tree.map(lambda leaf: leaf.setflags(write=False), rows)  # others will be given the same
-    return Plan(rows, count, float(sigma[0]))
+    return Plan(rows, count, start)
 
 
 def row_bound(count: int) -> int:
@@ -68,12 +81,13 @@ def row_bound(count: int) -> int:
 @lru_cache(maxsize=4096)
 def calls_of(sampler: str, steps: int) -> int:
     """The calls of the network that a sampler needs for so many steps from noise to a picture."""
-    return len(SAMPLERS[sampler].table(np.append(np.linspace(2, 1, steps), 0.0)).scale)
+    schedule = noise_schedule(ScheduleConfig())
+    return len(SAMPLERS[sampler].rows(schedule, schedule.levels(steps, "karras")).scale)
 
 
 def calls_per_step(sampler: str) -> int:
     """The calls of the network for each step, as schedules in prompts count them: 2 for samplers of second order."""
-    return round(calls_of(sampler, 8) / 8)
+    return round(calls_of(sampler, 16) / 16)
 
 
 def stack_plans(plans: Sequence[Plan], *, uniform: bool = False) -> tuple[Rows, np.ndarray]:

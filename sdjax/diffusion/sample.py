@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sdjax.devices.platform import seeded_keys
-from sdjax.diffusion.samplers import Carry, Rows, first_carry, step
+from sdjax.diffusion.rows import Carry, Rows, first_carry, step
 from sdjax.diffusion.schedule import per_image
 from sdjax.types import Array, Denoiser, Latent
 

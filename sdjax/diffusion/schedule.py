@@ -15,15 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import ScheduleConfig
+from sdjax.diffusion.spacings import RHO, SPACINGS
 from sdjax.types import Array
-
-RHO = 7.0
-"""Exponent of the Karras spacing (Karras et al. 2022, table 1)."""
 
 TERMINAL_ALPHA_BAR = 2.0**-24
 """Stands for alpha_bar = 0 under zero terminal SNR: a finite sigma of 4096."""
-
-SPACINGS = ("leading", "linspace", "trailing", "karras", "exponential")
 
 
 class NoiseSchedule(NamedTuple):
@@ -33,13 +29,11 @@ class NoiseSchedule(NamedTuple):
     alpha_bars: np.ndarray
     sigmas: np.ndarray
 
-    def levels(self, steps: int, spacing: str = "leading") -> np.ndarray:
+    def levels(self, steps: int, spacing: str = "leading", rho: float | None = None) -> np.ndarray:
         """The sigmas of a run, float64[steps + 1], from the noisiest down to 0.
 
-        leading: every (T // steps)-th timestep, shifted by one, as Stable Diffusion's own DDIM took
-        them. linspace: evenly from T - 1 to 0. trailing: evenly, T - 1 included (Lin et al. 2024,
-        table 2). karras: evenly in sigma^(1/7) (Karras et al. 2022, eq. 5). exponential: evenly in
-        log sigma. The last two span the schedule's whole range of sigma.
+        spacing: one of `sdjax.diffusion.spacings.SPACINGS`, which describes them; a few of them make other lengths.
+        rho: exponent of the spacings that have one; None: the usual one.
 
         Raises:
             ValueError: `steps` is not a whole number in [1, T], or the spacing is unknown.
@@ -47,25 +41,9 @@ class NoiseSchedule(NamedTuple):
         total = len(self.sigmas)
         if not isinstance(steps, int | np.integer) or not 1 <= steps <= total:
             raise ValueError(f"steps must be a whole number in [1, {total}], found {steps!r}")
-        ramp = np.linspace(0, 1, steps)
-        high, low = self.sigmas[-1], self.sigmas[0]
-        if spacing == "karras":
-            sigma = (high ** (1 / RHO) + ramp * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO
-        elif spacing == "exponential":
-            sigma = np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
-        else:
-            if spacing == "leading":
-                shift = 1.0 if steps < total else 0.0  # T steps leave no room for it
-                t = np.arange(steps)[::-1] * (total // steps) + shift
-            elif spacing == "linspace":
-                t = (total - 1) * (1 - ramp)
-            elif spacing == "trailing":
-                t = np.round(np.arange(steps, 0, -1) * (total / steps)) - 1
-            else:
-                known = ", ".join(SPACINGS)
-                raise ValueError(f"unknown spacing {spacing!r}; the spacings are {known}")
-            sigma = np.interp(t, np.arange(total), self.sigmas)
-        return np.append(sigma, 0.0)
+        if spacing not in SPACINGS:
+            raise ValueError(f"unknown spacing {spacing!r}; the spacings are {', '.join(SPACINGS)}")
+        return SPACINGS[spacing](self.sigmas, steps, RHO.get(spacing, 1.0) if rho is None else rho)
 
     def timesteps(self, sigma: np.ndarray) -> np.ndarray:
         """The (fractional) timesteps of the given sigmas, by linear interpolation in log sigma."""

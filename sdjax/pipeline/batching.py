@@ -18,8 +18,8 @@ import numpy as np
 from sdjax.config import ModelConfig
 from sdjax.devices.platform import pinned
 from sdjax.diffusion.plan import stack_plans
+from sdjax.diffusion.rows import Carry, Rows
 from sdjax.diffusion.sample import State, image_keys
-from sdjax.diffusion.samplers import Carry, Rows
 from sdjax.pipeline.prepare import Prepared, initial_noise_of
 from sdjax.pipeline.programs import Programs, to_bytes
 from sdjax.text.prompt import Prompts

@@ -29,8 +29,8 @@ from jax import lax
 from sdjax.config import ModelConfig
 from sdjax.diffusion import sample as loop
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
+from sdjax.diffusion.rows import Carry, Rows, first_carry
 from sdjax.diffusion.sample import State, at_rows, initial_noise
-from sdjax.diffusion.samplers import Carry, Rows, first_carry
 from sdjax.diffusion.schedule import per_image
 from sdjax.image import latent_mask
 from sdjax.models.adapters import live

@@ -99,7 +99,7 @@ def prepare(
     if not isinstance(request.noise, str) and np.shape(request.noise) != latent:
         raise ValueError(f"noise must have the shape {latent} for each picture, found {np.shape(request.noise)}")
     planned = plan(full, config)
-    negative, positive = readings(full, config)
+    negative, positive = readings(full, config, planned)
     adapted = Adapted(None, NO_GATES) if adapt is None else adapt(full)
     prompts = lay_out(
         negative,
@@ -117,8 +117,8 @@ def prepare(
     )
 
 
-def readings(full: Request, config: ModelConfig) -> tuple[Reading | np.ndarray, Reading | np.ndarray]:
-    """A request's negative prompt and prompt, read. full: with every default in its place.
+def readings(full: Request, config: ModelConfig, planned: Plan) -> tuple[Reading | np.ndarray, Reading | np.ndarray]:
+    """A request's negative prompt and prompt, read. full: with every default in its place; planned: its rows.
 
     What there is to tell of them is told as warnings.
 
@@ -127,7 +127,8 @@ def readings(full: Request, config: ModelConfig) -> tuple[Reading | np.ndarray, 
     """
     steps = (full.steps or 1) * calls_per_step(full.sampler or "")
     positive = reading(full.prompt, full.weighting, steps, config)
-    is_used = full.guidance != 1 or (isinstance(positive, Reading) and [part.weight for part in positive.parts] != [1])
+    guidance, parts = planned.rows.levels.guidance, positive.parts if isinstance(positive, Reading) else ()
+    is_used = guidance is None or guidance.used.any() or (bool(parts) and [part.weight for part in parts] != [1])
     negative = reading(full.negative_prompt if is_used else "", full.weighting, steps, config, negative=True)
     for prompt in (positive, negative):
         for note in prompt.notes if isinstance(prompt, Reading) else ():

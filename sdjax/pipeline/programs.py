@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from sdjax.config import ModelConfig
 from sdjax.devices.placement import Placement, Program, jitted, parallelize
 from sdjax.diffusion import sample as loop
+from sdjax.diffusion.rows import Carry
 from sdjax.diffusion.sample import State
-from sdjax.diffusion.samplers import Carry
 from sdjax.image import to_uint8
 from sdjax.pipeline import functions
 from sdjax.types import Array, Params

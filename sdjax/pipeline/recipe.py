@@ -142,7 +142,8 @@ class RecipeBase:
         said: dict[str, Any] = {}
         for name, known in self.settings.items():
             value = getattr(self, name)
-            if known.label is not None and value is not None:
+            usual = self.__dataclass_fields__[name].default
+            if known.label is not None and value is not None and (known.label in LABELS or value != usual):
                 said[known.label] = known.shown(value)
         said = {label: said.pop(label) for label in LABELS if label in said} | said
         said |= {"Size": f"{self.width}x{self.height}", "Model": Path(self.model).name or "built-in"}

@@ -104,9 +104,13 @@ SIGMA_SCHEDULERS = {
     "lms": ("LMSDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++")),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", dict(algorithm_type="sde-dpmsolver++")),
+    "dpmpp_2m_sde_heun": (
+        "DPMSolverMultistepScheduler",
+        dict(algorithm_type="sde-dpmsolver++", solver_type="heun"),
+    ),
     "unipc": ("UniPCMultistepScheduler", dict(solver_type="bh2")),
 }
-VARIANCE_PRESERVING = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")  # diffusers holds x_t, not x, in these
+VARIANCE_PRESERVING = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "unipc")  # diffusers holds x_t, not x, in these
 
 
 def sigma_reference(name, spacing, steps, monkeypatch, prediction="epsilon"):
