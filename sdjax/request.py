@@ -22,7 +22,7 @@ from sdjax.config import ModelConfig, SamplingConfig
 from sdjax.diffusion.plan import Plan, make_plan
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import SPACINGS
-from sdjax.image import ImageLike, working_size
+from sdjax.image import LARGEST_SIDE, ImageLike, Sides, working_size
 from sdjax.text import prompt as prompts
 from sdjax.text.prompt import WEIGHTINGS
 from sdjax.types import Array
@@ -41,6 +41,12 @@ SEEDS = 2**32
 
 TASKS = ("txt2img", "img2img", "inpaint")
 WITH_PICTURE = ("img2img", "inpaint")
+
+SIDES = {"left": "left", "right": "right", "top": "top", "bottom": "bottom", "up": "top", "down": "bottom"}
+"""Sides of a picture, by the names that are understood."""
+
+SOFT_MASKS = ("blend", "differential")
+"""What grey values of a mask may mean: how much of the regenerated is mixed in, or for how many steps it is."""
 
 SAMPLER_NAMES = {
     "ddpm": "DDPM",
@@ -83,6 +89,14 @@ def is_storable(text: str) -> bool:
 def _is_interval(value: Any) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2 and all(is_real(end, 0, 1) for end in value)
     return pair and value[0] <= value[1]
+
+
+def _is_outpaint(value: Any) -> bool:
+    try:
+        parse_sides(value)
+        return True
+    except ValueError:
+        return False
 
 
 def _is_prompt(value: Any) -> bool:
@@ -350,6 +364,54 @@ class Request:
         tasks=("inpaint",),
         similar=("mask_image", "mask_path", "inpaint_mask"),
     )
+    outpaint: str | None = setting(
+        None,
+        kind="text",
+        expected=f'pixels, as in "64" (on all sides) or "left=128,right=64" (left, right, top, bottom), '
+        f"up to {LARGEST_SIDE}",
+        accepts=_is_outpaint,
+        help="extend the picture by so many pixels, and make what is there; a mask may be left out",
+        usual="no",
+        metavar="SIDE=N,...",
+        tasks=("inpaint",),
+        similar=("outpainting", "expand", "extend", "pixels_to_expand", "padding"),
+    )
+    feather: int | None = setting(
+        None,
+        kind="int",
+        expected=f"a whole number of pixels in [0, {LARGEST_SIDE}]",
+        accepts=lambda value: is_int(value, 0, LARGEST_SIDE),
+        help="pixels around the mask over which old and new are blended",
+        usual="0; in outpainting an eighth of the picture, up to 32",
+        metavar="N",
+        tasks=("inpaint",),
+        similar=("mask_blur", "feathering", "mask_feather", "blur_factor"),
+    )
+    only_masked: int | None = setting(
+        None,
+        kind="int",
+        expected=f"a whole number of pixels in [0, {LARGEST_SIDE}]",
+        accepts=lambda value: is_int(value, 0, LARGEST_SIDE),
+        help="work on the masked region alone, and so many pixels around it, at the model's own size or yours",
+        usual="the whole picture",
+        metavar="PADDING",
+        tasks=("inpaint",),
+        aliases=("inpaint_full_res_padding", "padding_mask_crop"),
+        similar=("inpaint_full_res", "masked_padding", "inpaint_area", "crop_to_mask"),
+        label="Masked area padding",
+    )
+    soft_mask: str = setting(
+        "blend",
+        kind="text",
+        expected=f"one of {', '.join(SOFT_MASKS)}",
+        accepts=lambda value: isinstance(value, str) and value in SOFT_MASKS,
+        help="what grey in the mask means: blend mixes old and new, differential changes it in fewer steps",
+        usual=SOFT_MASKS[0],
+        metavar="|".join(SOFT_MASKS),
+        tasks=("inpaint",),
+        similar=("differential", "differential_diffusion", "soft_inpainting"),
+        in_plan=True,
+    )
     strength: float | None = setting(
         None,
         kind="float",
@@ -466,6 +528,20 @@ def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -
     need(eta is None or sampler in (None, "ddim"), "eta", f"left out for {sampler} (it belongs to ddim)", eta)
 
 
+def check_mask_settings(values: Mapping[str, Any], image: str = "the image that it belongs to") -> None:
+    """Raises ValueError if settings of a mask are given without what they need.
+
+    values: settings by name; image: what the picture to start from is called.
+    """
+    is_extended = any(parse_sides(values.get("outpaint") or "0"))
+    for name, its_name in (("mask", "a mask"), ("outpaint", "outpaint")):
+        if values.get(name) is not None and values.get("image") is None:
+            raise ValueError(f"{its_name} needs {image}")
+    for name, usual in (("feather", None), ("only_masked", None), ("soft_mask", SOFT_MASKS[0])):
+        if values.get(name, usual) != usual and values.get("mask") is None and not is_extended:
+            raise ValueError(f"{name} needs a mask, or outpaint")
+
+
 def check_request(request: Request, config: ModelConfig, name: str) -> Request:
     """The request with every default in its place, if a model can make it as far as that shows without its picture.
 
@@ -488,8 +564,12 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
         raise ValueError(f"steps must be a whole number in [1, {config.schedule.steps}], found {resolved.steps}")
     if request.clip_skip is not None and request.clip_skip >= config.clip.layers:
         raise ValueError(f"clip_skip must lie in [0, {config.clip.layers}), found {request.clip_skip}")
-    if request.mask is not None and request.image is None:
-        raise ValueError("a mask needs the image that it belongs to")
+    check_mask_settings({name: getattr(request, name) for name in settings()})
+    if request.soft_mask == "differential" and channels == 9:
+        raise ValueError(
+            f"{name} is an inpainting model, which sees the mask in black and white; soft_mask differential is for "
+            f"models with {latent} input channels: leave it out, or take another model"
+        )
     for text in (request.prompt, request.negative_prompt):
         if isinstance(text, str):
             prompts.check(text, request.weighting, config.clip.length - 2)
@@ -500,13 +580,19 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
 # What follows from a request
 
 
+def task_of(request: Request) -> str:
+    """Which of `TASKS` a request is."""
+    if request.image is None:
+        return "txt2img"
+    return "img2img" if request.mask is None and not any(parse_sides(request.outpaint or "0")) else "inpaint"
+
+
 def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
     """The request with every default in its place. defaults: the model's own."""
     missing = ("steps", "guidance", "sampler", "spacing")
     found = {name: getattr(defaults, name) for name in missing if getattr(request, name) is None}
     if request.strength is None:
-        task = "img2img" if request.image is not None and request.mask is None else "inpaint"
-        found["strength"] = STRENGTHS[task]  # without a picture all is made from noise, too
+        found["strength"] = STRENGTHS.get(task_of(request), 1.0)  # without a picture all is made from noise
     return dataclasses.replace(request, **found)
 
 
@@ -527,6 +613,22 @@ def parse_size(text: Any) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"size must be WIDTHxHEIGHT such as 512x768, found {text!r}")
     return int(match[1]), int(match[2])
+
+
+def parse_sides(text: Any) -> Sides:
+    """Pixels on each side of a picture from a text such as "left=128,right=64", or "64" for all four.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(",") if isinstance(text, str) else [""]:
+        match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?([0-9]{1,5})", part.strip().lower())
+        names = [] if match is None else {*SIDES.values()} if match[1] is None else [SIDES.get(match[1], "")]
+        if match is None or "" in names or int(match[2]) > LARGEST_SIDE or found.keys() & {*names}:
+            raise ValueError(f"outpaint must be {settings()['outpaint'].expected}, found {text!r}")
+        found |= dict.fromkeys(names, int(match[2]))
+    return Sides(**found)
 
 
 def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None) -> tuple[int, int]:

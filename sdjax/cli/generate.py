@@ -36,7 +36,7 @@ def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
     from sdjax.load import library_of
     from sdjax.pipeline.adapters import tags_of
-    from sdjax.pipeline.prepare import pixels_of
+    from sdjax.pipeline.pixels import pixels_of
     from sdjax.pipeline.recipe import file_hash, recipe_of, save_picture
 
     # What is asked for
@@ -49,7 +49,8 @@ def generate(options: argparse.Namespace) -> int:
     hashes: dict[str, Any] = {"image": None, "mask": None}
     for name in hashes:
         given, values[name] = values[name], None
-        if options.task in settings()[name].tasks:
+        may_lack = name == "mask" and given is None and values["outpaint"] is not None
+        if options.task in settings()[name].tasks and not may_lack:
             hashes[name] = _checked_file(name, given, file_hash)
             values[name] = hashes[name][0]
     if values["seed"] == -1:
@@ -181,7 +182,7 @@ def _asked(options: argparse.Namespace) -> Asked:
             raise ValueError(f"{options.recipe} was made by {recipe.task}; use sdjax {recipe.task} {hint('recipe')}")
         values |= {name: value for name, value in dataclasses.asdict(recipe).items() if name in values}
         if recipe.task != "txt2img":
-            values |= dict(width=None, height=None)  # those of the picture
+            values["width"], values["height"] = recipe.asked_size or (None, None)  # those of the picture
         adapters = _find_again(options, recipe)
         model, dtype = recipe.model, recipe.dtype
         if options.model is None:  # else it belonged to the recipe's own model
@@ -225,7 +226,8 @@ def _listed(found: dict[str, str]) -> str:
 def _checked_file(name: str, given: Any, file_hash: Callable[[Any], str]) -> tuple[str, str]:
     """An input picture as (path, sha256); one named by a recipe must still be the same file."""
     if given is None:
-        raise ValueError(f"the {name} is missing: give the path of a picture after the prompt")
+        instead = f", or {hint('outpaint')}" if name == "mask" else ""
+        raise ValueError(f"the {name} is missing: give the path of a picture after the prompt{instead}")
     path, expected = (given, None) if isinstance(given, str) else given
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such picture file")

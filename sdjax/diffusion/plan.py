@@ -43,6 +43,7 @@ def make_plan(
     guidance: float,
     guidance_rescale: float,
     guidance_interval: tuple[float, float],
+    soft_mask: str = "blend",
 ) -> Plan:
     """The plan for one picture's settings (`Request`), every default in its place."""
     schedule = noise_schedule(config)
@@ -55,9 +56,30 @@ def make_plan(
     inside = (low < rows.levels.sigma) & (rows.levels.sigma <= high) & (np.arange(len(rows.scale)) < count)
     scale = np.where(inside, guidance, 1.0)
     steering = Guidance(scale, np.where(inside, guidance_rescale, 0.0), scale != 1)
-    rows = rows._replace(levels=rows.levels._replace(guidance=steering))
+    threshold = np.full(len(rows.scale), -1.0)
+    if soft_mask == "differential":
+        threshold[:count] = thresholds(rows.levels.sigma[:count], sigma)
+    rows = rows._replace(levels=rows.levels._replace(guidance=steering, threshold=threshold))
     jax.tree.map(lambda leaf: leaf.setflags(write=False), rows)  # others will be given the same
     return Plan(rows, count, float(sigma[0]))
+
+
+def thresholds(visited: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """The value from which pixels of a differential mask are free, for each call of the network, float64[calls].
+
+    It is the fraction of the steps that are left: 1 in the first of n, 1 / n in the last, as Levin & Fried 2023 count
+    (algorithm 1; ComfyUI compares with a fraction of the timesteps instead). All calls of a step have the same.
+
+    visited: sigma of every call. sigma: float64[n + 1], the levels between the steps.
+    """
+    steps = len(sigma) - 1
+    calls = np.arange(len(visited))
+    begun = np.zeros(len(visited), int)
+    for level in sigma[1:-1]:
+        there = np.flatnonzero(visited == level)  # the last visit of a level is where the step from there begins
+        first = there[-1] if len(there) else np.argmax(visited < level)
+        begun += calls >= first
+    return (steps - begun) / steps
 
 
 def row_bound(count: int) -> int:

@@ -30,6 +30,7 @@ from sdjax.jobs.processes import Share
 from sdjax.request import (
     SEEDS,
     Request,
+    check_mask_settings,
     check_positive,
     check_seeds,
     check_values,
@@ -191,8 +192,6 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
     for key, path in (("init_image", image), ("mask", mask)):
         if path is not None:
             _refuse_no_file(key, path)
-    if mask is not None and image is None:
-        raise ValueError("a mask needs an init_image")
     if image is None and "strength" in fields:
         raise ValueError("strength needs an init_image")
 
@@ -210,6 +209,7 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
         fields["seed"] = _seed_of(number, fields, count)
     fields = ours(fields, kind)
     check_values(fields, kind)
+    check_mask_settings({**fields, "image": image, "mask": mask}, "an init_image")
     check_seeds(fields.get("seed", 0), count)
     if "guidance_interval" in fields:
         fields["guidance_interval"] = tuple(fields["guidance_interval"])

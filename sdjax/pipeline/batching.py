@@ -82,10 +82,16 @@ def assemble(prepared: Sequence[Prepared], config: ModelConfig, *, uniform: bool
         sigma=np.array([one.plan.sigma for one in prepared], np.float32),
         pure=np.array([one.pure for one in prepared]),
         known=known,
-        mask=mask,
+        mask=_at_start(mask, rows),
         held=np.ones(mask.shape, np.float32) if config.unet.in_channels == 9 else mask,
         concat=concat,
     )
+
+
+def _at_start(mask: Any, rows: Rows) -> Any:
+    """Where pictures start from noise: of a differential mask, where it is free at the first level."""
+    threshold = rows.levels.threshold[:, 0, None, None, None]
+    return np.where(threshold < 0, mask, mask >= threshold).astype(np.float32)
 
 
 def _stacked(prompts: Sequence[Prompts], *, uniform: bool) -> Prompts:

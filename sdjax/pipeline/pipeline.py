@@ -177,15 +177,18 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         image: images.ImageLike,
-        mask: images.ImageLike,
+        mask: images.ImageLike | None = None,
         negative_prompt: str = "",
         **settings: Any,
     ) -> list[Image.Image]:
         """Pictures in which the white part of `mask` is regenerated; where it is black they are `image` to the byte.
 
+        With `outpaint` the picture is extended, and the mask may be left out.
         A model with 9 input channels sees the mask; with any other the known region is held at every step.
-        Without width and height the results have the size of `image`. Raises as `image_to_image`.
+        Without width and height the results have the size of `image`, extended. Raises as `image_to_image`.
         """
+        if mask is None and settings.get("outpaint") is None:
+            raise ValueError("inpaint needs a mask, or outpaint")
         settings |= dict(negative_prompt=negative_prompt, image=images.load_image(image), mask=mask)
         return self._pictures(prompt, **settings)
 

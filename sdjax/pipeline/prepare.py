@@ -16,7 +16,8 @@ from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.models.adapters import NO_GATES
 from sdjax.pipeline.adapters import Adapted, Weights
 from sdjax.pipeline.functions import inpainting_channels
-from sdjax.request import Request, check_request, plan, size_of
+from sdjax.pipeline.pixels import pixels_of
+from sdjax.request import Request, check_request, plan
 from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of
 
 SOURCES = 64
@@ -40,9 +41,12 @@ class Source(NamedTuple):
     finish: Callable[[Image.Image], Image.Image]
 
 
+SHAPING = ("width", "height", "outpaint", "feather", "only_masked", "soft_mask")
+"""Settings that decide, with picture and mask, what a `Source` is."""
+
 Sources = dict[Any, Source]
-"""Encoded pictures, by the content of picture and mask and the size asked for: a picture that many requests start from
-is encoded once.
+"""Encoded pictures, by the content of picture and mask and `SHAPING`: a picture that many requests start from is
+encoded once.
 """
 
 
@@ -89,7 +93,7 @@ def prepare(
     """
     full = check_request(request, config, name)
     hashes = [None if file is None else images.content_hash(file) for file in (request.image, request.mask)]
-    key = (*hashes, request.width, request.height)
+    key = (*hashes, *(getattr(request, name) for name in SHAPING))
     if key not in sources:
         if len(sources) >= SOURCES:
             del sources[next(iter(sources))]
@@ -188,60 +192,3 @@ def _source(request: Request, config: ModelConfig, encode: Callable[[np.ndarray]
     if config.unet.in_channels == 9:
         concat = inpainting_channels(encode, pixels.picture, pixels.mask, downscale=config.vae.downscale)
     return Source(pixels.size, known, pixels.cells, concat, pixels.finish)
-
-
-class Pixels(NamedTuple):
-    """A request's picture and mask on the host, as the networks will see them. size: (width, height) to work at.
-
-    picture: f32[1, H, W, 3], zeros without one; mask: f32[1, H, W, 1], and cells: f32[1, h, w, 1], of the latent's
-    grid; ones without a mask. finish: from what the model made to what was asked for.
-    """
-
-    size: tuple[int, int]
-    picture: np.ndarray
-    mask: np.ndarray
-    cells: np.ndarray
-    finish: Callable[[Image.Image], Image.Image]
-
-
-def pixels_of(request: Request, config: ModelConfig) -> Pixels:
-    """Opens and fits the picture and the mask of a request; no network is needed for it.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it cannot be read, or the mask does not fit or regenerates nothing.
-    """
-    cell = config.vae.downscale
-    if request.image is None:
-        size = size_of(request, config, None)
-        empty = np.zeros((1, size[1], size[0], config.vae.image_channels), np.float32)
-        whole = np.ones((1, size[1], size[0], 1), np.float32)
-        return Pixels(size, empty, whole, images.latent_mask(whole, cell), lambda result: result)
-    original = images.load_image(request.image)
-    size = size_of(request, config, original.size)
-    asked, picture = request.width is not None, images.fit(original, size)
-    array, whole = images.to_array(picture)[None], np.ones((1, size[1], size[0], 1), np.float32)
-    if request.mask is None:
-        return Pixels(
-            size,
-            array,
-            whole,
-            images.latent_mask(whole, cell),
-            lambda result: result if asked else _resized(result, original.size),
-        )
-    given = images.load_mask(request.mask, original.size)
-    fitted = images.load_mask(images.fit(Image.fromarray(np.round(given * 255).astype(np.uint8)), size), size)
-    whole = fitted[None, ..., None]
-    cells = images.latent_mask(whole, cell)
-    if not cells.any():
-        raise ValueError(f"the mask is too fine and would regenerate nothing; make it {cell} pixels wide or more")
-
-    def finish(result: Image.Image) -> Image.Image:
-        if asked:
-            return images.paste_back(picture, result, fitted)
-        return images.paste_back(original, _resized(result, original.size), given)
-
-    return Pixels(size, array, whole, cells, finish)
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

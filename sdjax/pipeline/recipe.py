@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 from sdjax.config import SamplingConfig
 from sdjax.devices.platform import environment
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.request import TASKS, Request, Setting, settings, with_defaults
+from sdjax.request import TASKS, Request, Setting, settings, task_of, with_defaults
 from sdjax.storage.files import new_file
 from sdjax.text.syntax import lora_of
 
@@ -49,6 +49,7 @@ FIRST += ("spacing", "eta", "clip_skip", "width", "height", "strength", "noise")
 """Settings that every recipe has; later ones may be missing from recipes of earlier versions, and had their default."""
 
 ADDED: dict[str, Any] = {"conversion": {}, "environment": {}, "adapters": {}, "embeddings": {}, "weighting": "none"}
+ADDED |= {"asked_size": None}
 """Further entries that recipes of earlier versions lack, and what held then."""
 
 UNSHOWN = ("image", "mask", "id")
@@ -73,6 +74,7 @@ class RecipeBase:
     model: as it was given; "" is the model in the box.
     dtype: of the parameters.
     image, mask: (path, sha256) of what was given, or None.
+    asked_size: (width, height) to work at, where a picture was given and they were asked for.
     conversion: how a foreign model's file was read (`sdjax.load`).
     adapters, embeddings: path -> sha256 of those that were used.
     environment: what was set around the process that changes numbers.
@@ -84,6 +86,7 @@ class RecipeBase:
     dtype: str
     image: tuple[str, str] | None
     mask: tuple[str, str] | None
+    asked_size: tuple[int, int] | None = None
     conversion: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, str] = dataclasses.field(default_factory=dict)
     embeddings: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -223,9 +226,9 @@ def recipe_of(
     values = {name: getattr(resolved, name) for name in made.settings}
     values |= dict(width=picture.width, height=picture.height)
     values["strength"] = None if image is None else resolved.strength
-    task = "txt2img" if image is None else "img2img" if mask is None else "inpaint"
-    values |= dict(adapters=adapters or {}, embeddings=embeddings or {}, conversion=conversion or {})
-    return made(task=task, model=model, dtype=dtype, image=image, mask=mask, **values)
+    asked = None if image is None or request.width is None else (request.width, request.height)
+    values |= dict(asked_size=asked, adapters=adapters or {}, embeddings=embeddings or {}, conversion=conversion or {})
+    return made(task=task_of(request), model=model, dtype=dtype, image=image, mask=mask, **values)
 
 
 def file_hash(path: str | Path) -> str:
