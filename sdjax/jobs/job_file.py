@@ -36,6 +36,7 @@ from sdjax.request import (
     check_values,
     need,
     ours,
+    parse_sides,
     parse_size,
     with_defaults,
 )
@@ -318,14 +319,17 @@ def _adapters(request: Request) -> tuple[str, ...]:
 
 
 def _shape(request: Request) -> tuple[Any, ...]:
-    """What must be equal for requests to share a batch, as far as it shows without the model: size or "unreadable",
-    clip_skip, and the UNet calls, rounded up.
+    """What must be equal for requests to share a batch, as far as it shows without the model: size, "region" (of a
+    mask, in a size that the model decides) or "unreadable", clip_skip, and the UNet calls, rounded up.
     """
     size: Any = (request.width, request.height)
-    if size == (None, None) and request.image is not None:
+    if size == (None, None) and request.only_masked is not None:
+        size = "region"
+    elif size == (None, None) and request.image is not None:
+        sides = parse_sides(request.outpaint or "0")
         try:
             with Image.open(str(request.image)) as image:
-                size = image.size
+                size = image.width + sides.left + sides.right, image.height + sides.top + sides.bottom
         except Exception:  # Pillow raises almost anything on a damaged file
             size = "unreadable"  # named when it is its turn
     assert request.steps is not None
