@@ -12,6 +12,7 @@ from sdjax import cli
 from sdjax import image as images
 from sdjax.image import Box, Sides
 from sdjax.jobs.job_file import Job, read_lines, to_json
+from sdjax.load import load
 from sdjax.models.params import random_params
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.pixels import pixels_of
@@ -387,3 +388,27 @@ def test_a_job_makes_them_and_its_manifest_makes_them_again(here, capsys):
         pictures = [Image.open(f"{folder}/{name}.png") for folder in ("out", "again")]
         assert [picture.size for picture in pictures] == [size, size]
         assert np.array_equal(*map(np.asarray, pictures))
+
+
+# The model in the box
+
+
+def test_the_box_edits_a_part_of_a_large_picture_and_changes_it_gradually():
+    pipe = load()
+    (heart,) = pipe.text_to_image("a red heart", steps=10)
+    large = Image.new("RGB", (300, 200), "white")
+    large.paste(heart, (40, 60))
+    mask = spot(300, 200, (200, 60, 264, 124))
+    (two,) = pipe.inpaint("a blue circle", large, mask, only_masked=0, steps=10)
+    new, old = np.asarray(two, int), np.asarray(large, int)
+    black = np.asarray(mask) == 0
+    assert np.array_equal(new[black], old[black])
+    middle = new[80:104, 220:244].mean((0, 1))
+    assert middle[2] > middle[0] + 50, "it is blue"
+
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1)))
+    (mixed,) = pipe.inpaint("a blue circle", heart, ramp, soft_mask="differential", steps=10)
+    change = np.abs(np.asarray(mixed, int) - np.asarray(heart, int)).mean((0, 2))
+    left, middle, right = change[:16].mean(), change[24:40].mean(), change[44:60].mean()
+    assert left < 8 < 16 < right
+    assert left < middle < right
