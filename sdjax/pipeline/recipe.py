@@ -198,7 +198,7 @@ def _fits(kind: Any, value: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list) and len(value) == len(args) and all(map(_fits, args, value))
     if origin is dict:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and (args[1] is Any or all(_fits(args[1], one) for one in value.values()))
     if kind is float:
         return type(value) is float or (type(value) is int and abs(value) < 2**63)
     return type(value) is kind
