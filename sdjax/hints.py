@@ -39,6 +39,7 @@ HINTS = {
     "lora_dir": Hint("--lora-dir", "DIR", (*PICTURES, "sdjax batch")),
     "embeddings": Hint("--embeddings", "DIR", (*PICTURES, "sdjax batch")),
     "recipe": Hint("--recipe", "PICTURE", PICTURES),
+    "outpaint": Hint("--outpaint", "left=64", ("sdjax inpaint",)),
     "skip_bad": Hint("--skip-bad", None, ("sdjax batch", *TRAININGS)),
 }
 

@@ -13,12 +13,12 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from sdjax.types import Array
 
@@ -330,6 +330,11 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at `size`, whatever its shape was (Lanczos)."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
 def to_array(image: Image.Image) -> np.ndarray:
     """RGB picture -> f32[H, W, 3] in [-1, 1]."""
     return from_uint8(np.asarray(image))
@@ -356,6 +361,118 @@ def paste_back(original: Image.Image, generated: Image.Image, mask: np.ndarray) 
     old, new = np.asarray(original, np.float32), np.asarray(generated, np.float32)
     blend = old + mask[..., None] * (new - old)
     return Image.fromarray(np.round(blend).astype(np.uint8))
+
+
+# Regions: what lies around a picture, around a mask
+
+
+class Sides(NamedTuple):
+    """Pixels on each side of a picture."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+
+class Box(NamedTuple):
+    """A part of a picture in pixels, from left and top up to right and bottom, as Pillow has it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.right - self.left, self.bottom - self.top
+
+
+def extended(image: Image.Image, sides: Sides) -> Image.Image:
+    """An RGB picture with room around it: its edges, continued and blurred, so that the colours go on.
+
+    Raises:
+        ValueError: the whole would be longer than `LARGEST_SIDE`, or have more pixels than Pillow opens.
+    """
+    width, height = image.width + sides.left + sides.right, image.height + sides.top + sides.bottom
+    most = Image.MAX_IMAGE_PIXELS or width * height
+    if max(width, height) > LARGEST_SIDE or width * height > max(most, image.width * image.height):
+        raise ValueError(
+            f"the picture is {image.width}x{image.height} and would become {width}x{height}; it can be up to "
+            f"{LARGEST_SIDE} pixels wide and high, and have {most:,} in all"
+        )
+    edges = ((sides.top, sides.bottom), (sides.left, sides.right), (0, 0))
+    whole = Image.fromarray(np.pad(np.asarray(image), edges, mode="edge"))
+    whole = whole.filter(ImageFilter.GaussianBlur(max(sides) / 8))
+    whole.paste(image, (sides.left, sides.top))
+    return whole
+
+
+def feathered(mask: np.ndarray, width: int) -> np.ndarray:
+    """A mask f32[H, W] that falls to 0 over `width` pixels outside of what it was; inside it stays as it is.
+
+    It is grown by half of the width, and averaged over squares of the width: a straight edge becomes a linear ramp.
+    """
+    grow, blur = width // 2, (width + 1) // 2
+    soft = mask.astype(np.float64)
+    for axis in (0, 1):
+        soft = _grown(soft, grow, axis)
+    for axis in (0, 1):
+        soft = _averaged(soft, blur, axis)
+    return np.maximum(mask, np.round(soft, 6).astype(np.float32))
+
+
+def _grown(values: np.ndarray, radius: int, axis: int) -> np.ndarray:
+    """The largest value up to `radius` places away along an axis."""
+    values = np.moveaxis(values, axis, 0)
+    whole = np.pad(values, ((radius, radius), (0, 0)))
+    covered = 1  # places that each value is the largest of; doubled as long as that fits
+    while covered < 2 * radius + 1:
+        more = min(covered, 2 * radius + 1 - covered)
+        whole, covered = np.maximum(whole[:-more], whole[more:]), covered + more
+    return np.moveaxis(whole, 0, axis)
+
+
+def _averaged(values: np.ndarray, radius: int, axis: int) -> np.ndarray:
+    """The mean up to `radius` places away along an axis; at the ends the last value goes on."""
+    values = np.moveaxis(values, axis, 0)
+    sums = np.cumsum(np.pad(np.pad(values, ((radius, radius), (0, 0)), mode="edge"), ((1, 0), (0, 0))), axis=0)
+    return np.moveaxis((sums[2 * radius + 1 :] - sums[: -2 * radius - 1]) / (2 * radius + 1), 0, axis)
+
+
+def whole_cells(mask: np.ndarray, downscale: int) -> np.ndarray:
+    """A mask f32[H, W] with every cell of the latent filled with its largest value: what has a part to regenerate is
+    regenerated.
+    """
+    height, width = (side // downscale for side in mask.shape)
+    cells = mask.reshape(height, downscale, width, downscale).max((1, 3))
+    return cells.repeat(downscale, 0).repeat(downscale, 1)
+
+
+def box_around(mask: np.ndarray, padding: int) -> Box:
+    """The smallest box around what a mask f32[H, W] regenerates, with `padding` pixels more inside the picture."""
+    height, width = mask.shape
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    left, top = max(0, int(columns[0]) - padding), max(0, int(rows[0]) - padding)
+    return Box(left, top, min(width, int(columns[-1]) + 1 + padding), min(height, int(rows[-1]) + 1 + padding))
+
+
+def grown_to(box: Box, ratio: float, within: tuple[int, int]) -> Box:
+    """The box with its shorter side grown, evenly where there is room, until width / height is `ratio`.
+
+    within: (width, height) of the picture, which it stays inside of, even if the ratio cannot be had then.
+    """
+    width, height = box.size
+    width, height = max(width, round(height * ratio)), max(height, round(width / ratio))
+    left, right = _grown_side(box.left, box.right, width, within[0])
+    top, bottom = _grown_side(box.top, box.bottom, height, within[1])
+    return Box(left, top, right, bottom)
+
+
+def _grown_side(start: int, stop: int, length: int, most: int) -> tuple[int, int]:
+    length = min(length, most)
+    start = min(max(0, start - (length - (stop - start)) // 2), most - length)
+    return start, start + length
 
 
 def to_images(pixels: Array) -> list[Image.Image]:

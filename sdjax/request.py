@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import secrets
 import warnings
@@ -23,7 +24,8 @@ from sdjax.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, nearest_sampler,
 from sdjax.diffusion.plan import Plan, make_plan
 from sdjax.diffusion.samplers import CHURN, SAMPLERS
 from sdjax.diffusion.spacings import RHO, SPACINGS
-from sdjax.image import ImageLike, working_size
+from sdjax.diffusion.upscale import UPSCALER_NAMES, UPSCALERS, upscaler_of
+from sdjax.image import LARGEST_SIDE, ImageLike, Sides, working_size
 from sdjax.text import prompt as prompts
 from sdjax.text.prompt import WEIGHTINGS
 from sdjax.types import Array
@@ -37,6 +39,12 @@ NOISES = ("jax", "torch")
 STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 """How much of a picture is changed when nothing is said."""
 
+HIRES_STRENGTH = 0.7
+"""How much the second pass of hires-fix changes when nothing is said."""
+
+SIZE = r"(\d{1,5})x(\d{1,5})"
+"""A text that is a size in pixels."""
+
 CFG_PP_GUIDANCE = 0.6
 """Of samplers with CFG++ when nothing is said: theirs is of another scale, about a twelfth of the usual one."""
 
@@ -45,6 +53,12 @@ SEEDS = 2**32
 
 TASKS = ("txt2img", "img2img", "inpaint")
 WITH_PICTURE = ("img2img", "inpaint")
+
+SIDES = {"left": "left", "right": "right", "top": "top", "bottom": "bottom", "up": "top", "down": "bottom"}
+"""Sides of a picture, by the names that are understood."""
+
+SOFT_MASKS = ("blend", "differential")
+"""What grey values of a mask may mean: how much of the regenerated is mixed in, or for how many steps it is."""
 
 
 def is_int(value: Any, low: int | None = None, high: int | None = None) -> bool:
@@ -67,6 +81,14 @@ def is_storable(text: str) -> bool:
 def _is_interval(value: Any) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2 and all(is_real(end, 0, 1) for end in value)
     return pair and value[0] <= value[1]
+
+
+def _is_outpaint(value: Any) -> bool:
+    try:
+        parse_sides(value)
+        return True
+    except ValueError:
+        return False
 
 
 def _is_prompt(value: Any) -> bool:
@@ -395,6 +417,54 @@ class Request:
         tasks=("inpaint",),
         similar=("mask_image", "mask_path", "inpaint_mask"),
     )
+    outpaint: str | None = setting(
+        None,
+        kind="text",
+        expected=f'pixels, as in "64" (on all sides) or "left=128,right=64" (left, right, top, bottom), '
+        f"up to {LARGEST_SIDE}",
+        accepts=_is_outpaint,
+        help="extend the picture by so many pixels, and make what is there; a mask may be left out",
+        usual="no",
+        metavar="SIDE=N,...",
+        tasks=("inpaint",),
+        similar=("outpainting", "expand", "extend", "pixels_to_expand", "padding"),
+    )
+    feather: int | None = setting(
+        None,
+        kind="int",
+        expected=f"a whole number of pixels in [0, {LARGEST_SIDE}]",
+        accepts=lambda value: is_int(value, 0, LARGEST_SIDE),
+        help="pixels around the mask over which old and new are blended",
+        usual="0; in outpainting an eighth of the picture, up to 32",
+        metavar="N",
+        tasks=("inpaint",),
+        similar=("mask_blur", "feathering", "mask_feather", "blur_factor"),
+    )
+    only_masked: int | None = setting(
+        None,
+        kind="int",
+        expected=f"a whole number of pixels in [0, {LARGEST_SIDE}]",
+        accepts=lambda value: is_int(value, 0, LARGEST_SIDE),
+        help="work on the masked region alone, and so many pixels around it, at the model's own size or yours",
+        usual="the whole picture",
+        metavar="PADDING",
+        tasks=("inpaint",),
+        aliases=("inpaint_full_res_padding", "padding_mask_crop"),
+        similar=("inpaint_full_res", "masked_padding", "inpaint_area", "crop_to_mask"),
+        label="Masked area padding",
+    )
+    soft_mask: str = setting(
+        "blend",
+        kind="text",
+        expected=f"one of {', '.join(SOFT_MASKS)}",
+        accepts=lambda value: isinstance(value, str) and value in SOFT_MASKS,
+        help="what grey in the mask means: blend mixes old and new, differential changes it in fewer steps",
+        usual=SOFT_MASKS[0],
+        metavar="|".join(SOFT_MASKS),
+        tasks=("inpaint",),
+        similar=("differential", "differential_diffusion", "soft_inpainting"),
+        in_plan=True,
+    )
     strength: float | None = setting(
         None,
         kind="float",
@@ -408,6 +478,135 @@ class Request:
         similar=("denoise", "denoising", "image_strength", "prompt_strength"),
         label="Denoising strength",
         in_plan=True,
+    )
+    hires_scale: float | None = setting(
+        None,
+        kind="float",
+        expected="in [1, 16]",
+        accepts=lambda value: is_real(value, 1, 16),
+        help="make the picture at its size first, and again so many times as large (hires-fix)",
+        usual="one pass",
+        metavar="X",
+        tasks=("txt2img",),
+        aliases=("hr_scale",),
+        similar=("enable_hr", "hires_upscale", "upscale"),
+        label="Hires upscale",
+    )
+    hires_size: str | None = setting(
+        None,
+        kind="text",
+        expected="WIDTHxHEIGHT such as 1024x1024",
+        accepts=lambda value: isinstance(value, str) and re.fullmatch(SIZE, value) is not None,
+        help="the same at a size in pixels",
+        usual="one pass",
+        metavar="WxH",
+        tasks=("txt2img",),
+        similar=("hr_resize_x", "hr_resize_y", "hires_resize"),
+        label="Hires resize",
+    )
+    hires_upscaler: str = setting(
+        UPSCALERS[0],
+        kind="text",
+        expected=f"one of {', '.join(UPSCALERS)}",
+        accepts=lambda value: isinstance(value, str) and value in UPSCALERS,
+        help=f"what enlarges between the passes: {', '.join(UPSCALERS)}",
+        usual=UPSCALERS[0],
+        metavar="U",
+        tasks=("txt2img",),
+        aliases=("hr_upscaler",),
+        similar=("upscaler",),
+        label="Hires upscaler",
+        shown=lambda value: UPSCALER_NAMES.get(value, value),
+    )
+    hires_steps: int | None = setting(
+        None,
+        kind="int",
+        expected="a whole number above 0",
+        accepts=lambda value: is_int(value, 1),
+        help="steps that the second pass runs",
+        usual="as the first",
+        metavar="N",
+        tasks=("txt2img",),
+        aliases=("hr_second_pass_steps",),
+        label="Hires steps",
+    )
+    hires_strength: float | None = setting(
+        None,
+        kind="float",
+        expected="in [0, 1]",
+        accepts=lambda value: is_real(value, 0, 1),
+        help="how much the second pass changes, 0 to 1",
+        usual=f"{HIRES_STRENGTH:g}",
+        metavar="X",
+        tasks=("txt2img",),
+        similar=("hires_denoising_strength",),
+        label="Denoising strength",
+    )
+    hires_sampler: str | None = setting(
+        None,
+        kind="text",
+        expected=f"one of {', '.join(SAMPLERS)}",
+        accepts=lambda value: isinstance(value, str) and value in SAMPLERS,
+        help="sampler of the second pass",
+        usual="as the first",
+        metavar="S",
+        tasks=("txt2img",),
+        aliases=("hr_sampler_name",),
+        label="Hires sampler",
+        shown=lambda value: SAMPLER_NAMES.get(value, value),
+        nearest=nearest_sampler,
+    )
+    hires_spacing: str | None = setting(
+        None,
+        kind="text",
+        expected=f"one of {', '.join(SPACINGS)}",
+        accepts=lambda value: isinstance(value, str) and value in SPACINGS,
+        help="spacing of the second pass",
+        usual="as the first",
+        metavar="K",
+        tasks=("txt2img",),
+        aliases=("hr_scheduler",),
+        label="Hires schedule type",
+        shown=lambda value: SPACING_NAMES.get(value, value.capitalize()),
+        nearest=nearest_spacing,
+    )
+    hires_guidance: float | None = setting(
+        None,
+        kind="float",
+        expected="a finite number",
+        accepts=is_real,
+        help="guidance of the second pass",
+        usual="as the first",
+        metavar="G",
+        tasks=("txt2img",),
+        similar=("hr_cfg", "hires_cfg_scale"),
+        label="Hires CFG Scale",
+    )
+    hires_prompt: str = setting(
+        "",
+        kind="text",
+        expected="a string",
+        accepts=lambda value: isinstance(value, str),
+        help="prompt of the second pass",
+        usual="as the first",
+        metavar="TEXT",
+        tasks=("txt2img",),
+        aliases=("hr_prompt",),
+        label="Hires prompt",
+        shown=json.dumps,
+    )
+    hires_negative_prompt: str = setting(
+        "",
+        kind="text",
+        expected="a string",
+        accepts=lambda value: isinstance(value, str),
+        help="negative prompt of the second pass",
+        usual="as the first",
+        metavar="TEXT",
+        tasks=("txt2img",),
+        aliases=("hr_negative_prompt",),
+        label="Hires negative prompt",
+        shown=json.dumps,
     )
     noise: str | Array | np.ndarray = setting(
         "jax",
@@ -452,13 +651,16 @@ def ours(named: Mapping[str, Any], kind: type[Request] | None = None) -> dict[st
         found["loras"] = tuple(text.strip() for text in found["loras"].split(";") if text.strip())
     elif isinstance(found.get("loras"), list):
         found["loras"] = tuple(found["loras"])
-    if isinstance(found.get("sampler"), str):
-        sampler, spacing = sampler_of(found["sampler"])
-        found["sampler"] = sampler
-        if spacing is not None and found.get("spacing") is None:
-            found["spacing"] = spacing
-    if isinstance(found.get("spacing"), str):
-        found["spacing"] = spacing_of(found["spacing"])
+    for of_pass in ("", "hires_"):
+        sampler, spacing = of_pass + "sampler", of_pass + "spacing"
+        if isinstance(found.get(sampler), str):
+            found[sampler], in_name = sampler_of(found[sampler])
+            if in_name is not None and found.get(spacing) is None:
+                found[spacing] = in_name
+        if isinstance(found.get(spacing), str):
+            found[spacing] = spacing_of(found[spacing])
+    if isinstance(found.get("hires_upscaler"), str):
+        found["hires_upscaler"] = upscaler_of(found["hires_upscaler"])
     return found
 
 
@@ -503,6 +705,20 @@ def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -
                 texts: Any = [value] if isinstance(value, str) else value if known.kind == "texts" else []
                 need(all(map(is_storable, texts)), name, expected, value)
     _check_sampler(values)
+    _check_hires(values)
+
+
+def _check_hires(values: Mapping[str, Any]) -> None:
+    """Raises ValueError where settings of a second pass are given without one, or twice, or with a picture."""
+    both = [name for name in ("hires_scale", "hires_size") if values.get(name) is not None]
+    usual = {"hires_upscaler": UPSCALERS[0], "hires_prompt": "", "hires_negative_prompt": ""}
+    given = [name for name in values if name.startswith("hires_") and values[name] not in (None, usual.get(name))]
+    if given and not both:
+        raise ValueError(f"{given[0]} is of a second pass; give hires_scale or hires_size too")
+    if len(both) > 1:
+        raise ValueError("hires_scale and hires_size say the same; give one of them")
+    if both and values.get("image") is not None:
+        raise ValueError(f"{both[0]} is for pictures from a prompt alone; leave the image out, or {both[0]}")
 
 
 def _check_sampler(values: Mapping[str, Any]) -> None:
@@ -518,6 +734,20 @@ def _check_sampler(values: Mapping[str, Any]) -> None:
     if spacing is not None:
         good = spacing in RHO or values.get("rho") is None
         need(good, "rho", f"left out for {spacing} (it belongs to {', '.join(RHO)})", values.get("rho"))
+
+
+def check_mask_settings(values: Mapping[str, Any], image: str = "the image that it belongs to") -> None:
+    """Raises ValueError if settings of a mask are given without what they need.
+
+    values: settings by name; image: what the picture to start from is called.
+    """
+    is_extended = any(parse_sides(values.get("outpaint") or "0"))
+    for name, its_name in (("mask", "a mask"), ("outpaint", "outpaint")):
+        if values.get(name) is not None and values.get("image") is None:
+            raise ValueError(f"{its_name} needs {image}")
+    for name, usual in (("feather", None), ("only_masked", None), ("soft_mask", SOFT_MASKS[0])):
+        if values.get(name, usual) != usual and values.get("mask") is None and not is_extended:
+            raise ValueError(f"{name} needs a mask, or outpaint")
 
 
 def check_request(request: Request, config: ModelConfig, name: str) -> Request:
@@ -542,16 +772,33 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
         raise ValueError(f"steps must be a whole number in [1, {config.schedule.steps}], found {resolved.steps}")
     if request.clip_skip is not None and request.clip_skip >= config.clip.layers:
         raise ValueError(f"clip_skip must lie in [0, {config.clip.layers}), found {request.clip_skip}")
-    if request.mask is not None and request.image is None:
-        raise ValueError("a mask needs the image that it belongs to")
+    check_mask_settings({name: getattr(request, name) for name in settings()})
+    if request.soft_mask == "differential" and channels == 9:
+        raise ValueError(
+            f"{name} is an inpainting model, which sees the mask in black and white; soft_mask differential is for "
+            f"models with {latent} input channels: leave it out, or take another model"
+        )
     for text in (request.prompt, request.negative_prompt):
         if isinstance(text, str):
             prompts.check(text, request.weighting, config.clip.length - 2)
     size_of(request, config, None if request.image is None else (8, 8))  # any picture: what was asked for counts
+    if resolved.hires_scale is not None or resolved.hires_size is not None:
+        try:
+            if (second := second_pass(resolved, config)) is not None:
+                check_request(second.request, config, name)
+        except ValueError as error:
+            raise ValueError(f"in the second pass {error}") from None
     return resolved
 
 
 # What follows from a request
+
+
+def task_of(request: Request) -> str:
+    """Which of `TASKS` a request is."""
+    if request.image is None:
+        return "txt2img"
+    return "img2img" if request.mask is None and not any(parse_sides(request.outpaint or "0")) else "inpaint"
 
 
 def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
@@ -562,16 +809,73 @@ def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
     if "guidance" in found and chosen is not None and chosen.cfg_pp:
         found["guidance"] = CFG_PP_GUIDANCE
     if request.strength is None:
-        task = "img2img" if request.image is not None and request.mask is None else "inpaint"
-        found["strength"] = STRENGTHS[task]  # without a picture all is made from noise, too
+        found["strength"] = STRENGTHS.get(task_of(request), 1.0)  # without a picture all is made from noise
     return dataclasses.replace(request, **found)
 
 
-def plan(request: Request, config: ModelConfig) -> Plan:
-    """The sampler's rows for one picture's settings, read-only."""
+class SecondPass(NamedTuple):
+    """The second pass of hires-fix, as a request of its own at the larger size; and how many steps of it run."""
+
+    request: Request
+    steps: int
+
+
+def second_pass(resolved: Request, config: ModelConfig) -> SecondPass | None:
+    """The second pass of a request with every default in its place; None: it has one pass.
+
+    As in A1111 its schedule has steps / strength steps, of which the last ones run.
+
+    Raises:
+        ValueError: the size is none that a picture can have, or smaller than that of the first pass.
+    """
+    if resolved.hires_scale is None and resolved.hires_size is None:
+        return None
+    first, cell = size_of(resolved, config, None), config.vae.downscale
+    if resolved.hires_size is None:
+        width, height = (int(side * (resolved.hires_scale or 1)) // cell * cell for side in first)
+    else:
+        width, height = parse_size(resolved.hires_size)
+    width, height = working_size((width, height), asked=(width, height), multiple=cell)
+    if width < first[0] or height < first[1]:
+        raise ValueError(
+            f"the picture would be {width}x{height}, smaller than in the first, {first[0]}x{first[1]}; make "
+            "hires_size larger, or leave it out"
+        )
+    strength = HIRES_STRENGTH if resolved.hires_strength is None else resolved.hires_strength
+    steps = min(resolved.hires_steps or resolved.steps or 1, config.schedule.steps)
+    sampler, spacing = resolved.hires_sampler or resolved.sampler, resolved.hires_spacing or resolved.spacing
+    chosen, was = SAMPLERS[sampler or ""], SAMPLERS[resolved.sampler or ""]
+    guidance = resolved.hires_guidance
+    if guidance is None and chosen.cfg_pp == was.cfg_pp:
+        guidance = resolved.guidance
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(resolved)}
+    changed = {name: defaults[name] for name in settings(type(resolved)) if name.startswith("hires_")}
+    changed |= {name: defaults[name] for name in ("eta", *CHURN) if name not in chosen.options}
+    if not chosen.stochastic and not chosen.options:
+        changed["s_noise"] = defaults["s_noise"]
+    if spacing not in RHO:
+        changed["rho"] = None
+    changed |= dict(
+        prompt=resolved.hires_prompt or resolved.prompt,
+        negative_prompt=resolved.hires_negative_prompt or resolved.negative_prompt,
+        width=width,
+        height=height,
+        sampler=sampler,
+        spacing=spacing,
+        guidance=guidance,
+        steps=max(1, min(int(steps / max(strength, 1e-3)), config.schedule.steps)),
+        noise=resolved.noise if isinstance(resolved.noise, str) else "jax",
+    )
+    return SecondPass(dataclasses.replace(resolved, **changed), steps if strength > 0 else 0)
+
+
+def plan(request: Request, config: ModelConfig, last: int | None = None) -> Plan:
+    """The sampler's rows for one picture's settings, read-only. last: how many steps run (`make_plan`)."""
     resolved = with_defaults(request, config.sampling)
     values = {name: getattr(resolved, name) for name, known in settings().items() if known.in_plan}
-    return make_plan(config.schedule, **(values | {"guidance_interval": tuple(resolved.guidance_interval)}))
+    return make_plan(
+        config.schedule, **(values | {"guidance_interval": tuple(resolved.guidance_interval), "last": last})
+    )
 
 
 def parse_size(text: Any) -> tuple[int, int]:
@@ -580,10 +884,26 @@ def parse_size(text: Any) -> tuple[int, int]:
     Raises:
         ValueError: it is something else.
     """
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text) if isinstance(text, str) else None
+    match = re.fullmatch(SIZE, text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"size must be WIDTHxHEIGHT such as 512x768, found {text!r}")
     return int(match[1]), int(match[2])
+
+
+def parse_sides(text: Any) -> Sides:
+    """Pixels on each side of a picture from a text such as "left=128,right=64", or "64" for all four.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(",") if isinstance(text, str) else [""]:
+        match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?([0-9]{1,5})", part.strip().lower())
+        names = [] if match is None else {*SIDES.values()} if match[1] is None else [SIDES.get(match[1], "")]
+        if match is None or "" in names or int(match[2]) > LARGEST_SIDE or found.keys() & {*names}:
+            raise ValueError(f"outpaint must be {settings()['outpaint'].expected}, found {text!r}")
+        found |= dict.fromkeys(names, int(match[2]))
+    return Sides(**found)
 
 
 def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None) -> tuple[int, int]:

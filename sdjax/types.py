@@ -31,16 +31,19 @@ class Guidance(NamedTuple):
 
 
 class NoiseLevel(NamedTuple):
-    """One noise level in both views, so that x = x0 + sigma * eps, and what is steered there.
+    """One noise level in both views, so that x = x0 + sigma * eps, and what is steered and held there.
 
     sigma: f32[] or f32[b], noise standard deviation in latent units.
     t: f32[] or f32[b], the training timestep that the network is told, in [0, 999] (fractions allowed).
     guidance: of the prompt at this level, or None for a network that knows nothing of it.
+    threshold: f32[] or f32[b], the value of a soft mask from which pixels are free at this level; below 0, or None: the
+    mask blends, at every level alike.
     """
 
     sigma: Any
     t: Any
     guidance: Guidance | None = None
+    threshold: Any = None
 
 
 class Conditioning(NamedTuple):

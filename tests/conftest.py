@@ -99,7 +99,7 @@ def latents(monkeypatch):
     def kept(self, places, latents):
         made = decoded(self, places, latents)
         rows = np.asarray(latents)
-        for place, one in made.requests:
+        for place, one in [pair for batch in made for pair in batch.requests]:
             assert one.request.id not in found, "made once"
             found[one.request.id] = rows[place]
         return made

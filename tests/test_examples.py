@@ -20,7 +20,7 @@ from tests.small import SMALL, mini
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PHOTO = Path(__file__).parent / "data" / "astronaut.png"
-SIZES = {"text_to_image": (4 * 32, 32), "pure_functions": (32, 32), "edit_photo": (5 * 40, 32)}
+SIZES = {"text_to_image": (4 * 32, 32), "pure_functions": (32, 32), "edit_photo": (7 * 40 + 60, 32)}
 ELSEWHERE = {"devices", "draw_programs"} | {
     "make_emoji",
     "train_box",

@@ -24,6 +24,7 @@ from sdjax.request import (
     ours,
     parse_size,
     random_seed,
+    second_pass,
     settings,
 )
 from sdjax.storage.files import refuse_long_names, refuse_unwritable
@@ -36,7 +37,7 @@ def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
     from sdjax.load import library_of
     from sdjax.pipeline.adapters import tags_of
-    from sdjax.pipeline.prepare import pixels_of
+    from sdjax.pipeline.pixels import pixels_of
     from sdjax.pipeline.recipe import file_hash, recipe_of, save_picture
 
     # What is asked for
@@ -49,7 +50,8 @@ def generate(options: argparse.Namespace) -> int:
     hashes: dict[str, Any] = {"image": None, "mask": None}
     for name in hashes:
         given, values[name] = values[name], None
-        if options.task in settings()[name].tasks:
+        may_lack = name == "mask" and given is None and values["outpaint"] is not None
+        if options.task in settings()[name].tasks and not may_lack:
             hashes[name] = _checked_file(name, given, file_hash)
             values[name] = hashes[name][0]
     if values["seed"] == -1:
@@ -64,8 +66,8 @@ def generate(options: argparse.Namespace) -> int:
     library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
 
     def check(config: ModelConfig) -> None:
-        check_request(first, config, model or config.name)
-        for tag in tags_of(first):
+        second = second_pass(check_request(first, config, model or config.name), config)
+        for tag in [*tags_of(first), *(tags_of(second.request) if second is not None else [])]:
             library.adapter(tag, config)
         pixels_of(first, config)
 
@@ -83,7 +85,9 @@ def generate(options: argparse.Namespace) -> int:
 
         def progress(done: int, total: int, x0_hat: Any) -> None:
             nonlocal step, begun
-            if done == 1:
+            if done == 1 and begun == count:
+                step = on_step("second pass")
+            elif done == 1:
                 last = min(begun + each, count)
                 step = on_step(f"{begun + 1}-{last} of {count}" if count > 1 else "sampling")
                 begun = last
@@ -93,7 +97,8 @@ def generate(options: argparse.Namespace) -> int:
         for request, picture in making:
             said = dict(model=model, dtype=dtype, conversion=conversion, **hashes, **pipe.files_of(request))
             path = output.path(request.seed)
-            save_picture(path, picture, recipe_of(request, pipe.config.sampling, picture, **said))
+            recipe = recipe_of(request, pipe.config.sampling, picture, image_size=pipe.config.image_size, **said)
+            save_picture(path, picture, recipe)
             print(path)
     return 0
 
@@ -181,7 +186,7 @@ def _asked(options: argparse.Namespace) -> Asked:
             raise ValueError(f"{options.recipe} was made by {recipe.task}; use sdjax {recipe.task} {hint('recipe')}")
         values |= {name: value for name, value in dataclasses.asdict(recipe).items() if name in values}
         if recipe.task != "txt2img":
-            values |= dict(width=None, height=None)  # those of the picture
+            values["width"], values["height"] = recipe.asked_size or (None, None)  # those of the picture
         adapters = _find_again(options, recipe)
         model, dtype = recipe.model, recipe.dtype
         if options.model is None:  # else it belonged to the recipe's own model
@@ -225,7 +230,8 @@ def _listed(found: dict[str, str]) -> str:
 def _checked_file(name: str, given: Any, file_hash: Callable[[Any], str]) -> tuple[str, str]:
     """An input picture as (path, sha256); one named by a recipe must still be the same file."""
     if given is None:
-        raise ValueError(f"the {name} is missing: give the path of a picture after the prompt")
+        instead = f", or {hint('outpaint')}" if name == "mask" else ""
+        raise ValueError(f"the {name} is missing: give the path of a picture after the prompt{instead}")
     path, expected = (given, None) if isinstance(given, str) else given
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such picture file")

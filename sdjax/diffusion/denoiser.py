@@ -109,10 +109,17 @@ def keep_known(denoise: Denoiser, known: Latent, mask: Array) -> Denoiser:
     deterministic sampler that starts at known + sigma noise then passes through known + sigma'
     noise at every later level, which is what renoising and pasting the known region at each step
     does (Lugmayr et al. 2022, eq. 8).
+
+    A level with a threshold has a mask of its own, 1 where the given one reaches the threshold and 0 elsewhere: a
+    pixel of value m is free in the last fraction m of the steps (Levin & Fried 2023, "Differential Diffusion",
+    algorithm 1).
     """
 
     def denoise_unknown(x: Latent, level: NoiseLevel) -> Latent:
-        x0_hat = denoise(x, level)
-        return jnp.where(mask == 1, x0_hat, known + mask * (x0_hat - known))
+        x0_hat, here = denoise(x, level), mask
+        if level.threshold is not None:
+            threshold = per_image(level.threshold, x)
+            here = jnp.where(threshold < 0, mask, (mask >= threshold).astype(mask.dtype))
+        return jnp.where(here == 1, x0_hat, known + here * (x0_hat - known))
 
     return denoise_unknown

@@ -39,22 +39,28 @@ def make_plan(
     steps: int,
     sampler: str,
     spacing: str,
-    rho: float | None,
     eta: float | None,
-    s_churn: float,
-    s_tmin: float,
-    s_tmax: float | None,
-    s_noise: float,
     strength: float,
     guidance: float,
     guidance_rescale: float,
     guidance_interval: tuple[float, float],
+    rho: float | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float | None = None,
+    s_noise: float = 1.0,
+    soft_mask: str = "blend",
+    last: int | None = None,
 ) -> Plan:
-    """The plan for one picture's settings (`Request`), every default in its place."""
+    """The plan for one picture's settings (`Request`), every default in its place.
+
+    last: how many steps run, the last ones; None: as `strength` says.
+    """
     schedule = noise_schedule(config)
     sigma = schedule.levels(steps, spacing, rho)
     low, high = _interval(sigma, guidance_interval)
-    sigma = sigma[start_step(len(sigma) - 1, strength) :]
+    count = len(sigma) - 1
+    sigma = sigma[start_step(count, strength) if last is None else max(count - last, 0) :]
     chosen, start = SAMPLERS[sampler], float(sigma[0])
     asked = {"eta": eta, "s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
     options: dict[str, Any] = {
@@ -68,9 +74,30 @@ def make_plan(
     strong = guidance / np.where(inside, rows.history[:, 0], 1.0) if chosen.cfg_pp else guidance
     scale = np.where(inside, strong, 1.0)
     steering = Guidance(scale, np.where(inside, guidance_rescale, 0.0), scale != 1)
-    rows = rows._replace(levels=rows.levels._replace(guidance=steering))
+    threshold = np.full(len(rows.scale), -1.0)
+    if soft_mask == "differential":
+        threshold[:count] = thresholds(rows.levels.sigma[:count], sigma)
+    rows = rows._replace(levels=rows.levels._replace(guidance=steering, threshold=threshold))
     jax.tree.map(lambda leaf: leaf.setflags(write=False), rows)  # others will be given the same
     return Plan(rows, count, start)
+
+
+def thresholds(visited: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """The value from which pixels of a differential mask are free, for each call of the network, float64[calls].
+
+    It is the fraction of the steps that are left: 1 in the first of n, 1 / n in the last, as Levin & Fried 2023 count
+    (algorithm 1; ComfyUI compares with a fraction of the timesteps instead). All calls of a step have the same.
+
+    visited: sigma of every call. sigma: float64[n + 1], the levels between the steps.
+    """
+    steps = len(sigma) - 1
+    calls = np.arange(len(visited))
+    begun = np.zeros(len(visited), int)
+    for level in sigma[1:-1]:
+        there = np.flatnonzero(visited == level)  # the last visit of a level is where the step from there begins
+        first = there[-1] if len(there) else np.argmax(visited < level)
+        begun += calls >= first
+    return (steps - begun) / steps
 
 
 def row_bound(count: int) -> int:

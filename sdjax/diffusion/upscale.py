@@ -106,7 +106,7 @@ def covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
 
 
 def upscaled_latents(latents: np.ndarray, size: tuple[int, int], upscaler: str) -> np.ndarray:
-    """Latents f32[h, w, c] at `size` (cells wide, cells high), by one of `LATENT_UPSCALERS`; the centre of another shape."""
+    """Latents f32[h, w, c] at `size` (cells wide, high), by one of `LATENT_UPSCALERS`; of another shape the centre."""
     height, width = latents.shape[:2]
     matrix = LATENT_UPSCALERS[upscaler]
     wide, high = covering((width, height), size)

@@ -253,7 +253,7 @@ def _of_ours(found: Fields, known: Known) -> Fields:
                     f"{name}: {fields[name]}: not the picture that this was made from; its content changed"
                 )
     if recipe.image is not None:
-        del fields["width"], fields["height"]  # those of the picture
+        fields["width"], fields["height"] = recipe.asked_size or (None, None)  # those of the picture
     return fields
 
 

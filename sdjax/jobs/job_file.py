@@ -30,11 +30,13 @@ from sdjax.jobs.processes import Share
 from sdjax.request import (
     SEEDS,
     Request,
+    check_mask_settings,
     check_positive,
     check_seeds,
     check_values,
     need,
     ours,
+    parse_sides,
     parse_size,
     with_defaults,
 )
@@ -191,8 +193,6 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
     for key, path in (("init_image", image), ("mask", mask)):
         if path is not None:
             _refuse_no_file(key, path)
-    if mask is not None and image is None:
-        raise ValueError("a mask needs an init_image")
     if image is None and "strength" in fields:
         raise ValueError("strength needs an init_image")
 
@@ -210,6 +210,7 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
         fields["seed"] = _seed_of(number, fields, count)
     fields = ours(fields, kind)
     check_values(fields, kind)
+    check_mask_settings({**fields, "image": image, "mask": mask}, "an init_image")
     check_seeds(fields.get("seed", 0), count)
     if "guidance_interval" in fields:
         fields["guidance_interval"] = tuple(fields["guidance_interval"])
@@ -318,14 +319,17 @@ def _adapters(request: Request) -> tuple[str, ...]:
 
 
 def _shape(request: Request) -> tuple[Any, ...]:
-    """What must be equal for requests to share a batch, as far as it shows without the model: size or "unreadable",
-    clip_skip, and the UNet calls, rounded up.
+    """What must be equal for requests to share a batch, as far as it shows without the model: size, "region" (of a
+    mask, in a size that the model decides) or "unreadable", clip_skip, and the UNet calls, rounded up.
     """
     size: Any = (request.width, request.height)
-    if size == (None, None) and request.image is not None:
+    if size == (None, None) and request.only_masked is not None:
+        size = "region"
+    elif size == (None, None) and request.image is not None:
+        sides = parse_sides(request.outpaint or "0")
         try:
             with Image.open(str(request.image)) as image:
-                size = image.size
+                size = image.width + sides.left + sides.right, image.height + sides.top + sides.bottom
         except Exception:  # Pillow raises almost anything on a damaged file
             size = "unreadable"  # named when it is its turn
     assert request.steps is not None

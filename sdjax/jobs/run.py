@@ -331,7 +331,7 @@ def run(
                     fail(request, error)
                     continue
                 said |= dict(model=model, dtype=dtype, conversion=conversion, **pipe.files_of(request))
-                recipe = recipe_of(request, pipe.config.sampling, picture, **said)
+                recipe = recipe_of(request, pipe.config.sampling, picture, image_size=pipe.config.image_size, **said)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))
                 while encoding and (encoding[0][2].done() or len(encoding) > ENCODING):
                     write(*encoding.popleft())
@@ -357,12 +357,13 @@ def described(
         if size == "unreadable":
             lines.append(f"  unreadable init_image: {pictures} pictures")
             continue
-        width, height = (own if side is None else side for side in size)
+        what, shared = ("masked regions of about ", " for each shape") if size == "region" else ("", "")
+        width, height = (own if side is None else side for side in ((own, own) if shared else size))
         skipped = f", clip_skip {clip_skip}" if clip_skip else ""
         memory = (parameters + working_set(pipe, width, height, batch)) / 1e9
         lines.append(
-            f"  {width}x{height}{skipped}, up to {rows} UNet calls: {pictures} pictures in "
-            f"{-(-pictures // at_once)} batches of {at_once}, one program; about {memory:.1f} GB{each}"
+            f"  {what}{width}x{height}{skipped}, up to {rows} UNet calls: {pictures} pictures in "
+            f"{-(-pictures // at_once)} batches of {at_once}, one program{shared}; about {memory:.1f} GB{each}"
         )
     return "\n".join(lines) + "\n"
 

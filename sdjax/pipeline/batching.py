@@ -82,10 +82,16 @@ def assemble(prepared: Sequence[Prepared], config: ModelConfig, *, uniform: bool
         sigma=np.array([one.plan.sigma for one in prepared], np.float32),
         pure=np.array([one.pure for one in prepared]),
         known=known,
-        mask=mask,
+        mask=_at_start(mask, rows),
         held=np.ones(mask.shape, np.float32) if config.unet.in_channels == 9 else mask,
         concat=concat,
     )
+
+
+def _at_start(mask: Any, rows: Rows) -> Any:
+    """Where pictures start from noise: of a differential mask, where it is free at the first level."""
+    threshold = rows.levels.threshold[:, 0, None, None, None]
+    return np.where(threshold < 0, mask, mask >= threshold).astype(np.float32)
 
 
 def _stacked(prompts: Sequence[Prompts], *, uniform: bool) -> Prompts:
@@ -138,6 +144,10 @@ class Waiting:
         if one is not None:
             self.by_shape.setdefault(one.shape, []).append(one)
         return one is not None
+
+    def add(self, one: Prepared) -> None:
+        """A second pass, whose first one is done. While many wait, no further requests are taken in."""
+        self.by_shape.setdefault(one.shape, []).append(one)
 
     def next_shape(self, enough: int) -> tuple[Any, ...] | None:
         """The first shape of which there are enough, else the one of which there are most; None at the end."""
@@ -198,6 +208,7 @@ class Batches:
     uniform: bool = False
     progress: Progress | None = None
     order: list[int] = field(init=False)
+    waiting: Waiting = field(init=False)
 
     def __post_init__(self) -> None:
         each = self.size // self.parts
@@ -205,10 +216,10 @@ class Batches:
 
     def make(self, ready: Iterator[Prepared]) -> Iterator[Made]:
         """Pictures of all requests, in batches as they become ready; memory stays bounded over any number of them."""
-        waiting = Waiting(ready, WAITING * self.size)
+        waiting = self.waiting = Waiting(ready, WAITING * self.size)
         while (shape := waiting.next_shape(self.size)) is not None:
             if self.uniform or self.progress is not None:
-                yield self._together(waiting.take(shape, self.size))
+                yield from self._together(waiting.take(shape, self.size))
             else:
                 yield from self._continuously(waiting, shape)
 
@@ -238,11 +249,22 @@ class Batches:
         return state._replace(carry=carry, index=index, held=held)
 
     @pinned
-    def _decoded(self, places: Sequence[Prepared | None], latents: Latent) -> Made:
+    def _decoded(self, places: Sequence[Prepared | None], latents: Latent) -> list[Made]:
+        """The finished pictures, decoded; of those with a second pass none, which goes to the requests that wait."""
         requests = [(place, one) for place in self.order if (one := places[place]) is not None]
-        return Made(requests, *to_bytes(self.programs.decode(self.params, latents)))
+        again = [(place, one.second) for place, one in requests if one.second is not None]
+        last = [(place, one) for place, one in requests if one.second is None]
+        made = None
+        if last or any(second.sees_picture for _, second in again):
+            made = Made(last, *to_bytes(self.programs.decode(self.params, latents)))
+        if again:
+            on_host = np.asarray(latents)
+            pixels = None if made is None else np.asarray(made.pixels)
+            for place, second in again:
+                self.waiting.add(second.started(on_host[place], None if pixels is None else pixels[place]))
+        return [made] if made is not None and last else []
 
-    def _together(self, requests: Sequence[Prepared]) -> Made:
+    def _together(self, requests: Sequence[Prepared]) -> Iterator[Made]:
         """A batch that runs to its end."""
         places = self._at_places(requests, range(self.size))
         state = self._started(places)
@@ -252,7 +274,7 @@ class Batches:
             self.progress(done, calls, state.carry.x0_hat)  # type: ignore[misc]
         if self.progress is None:
             state = self._sampled(requests[0], state, calls)
-        return self._decoded(places, state.carry.x)
+        yield from self._decoded(places, state.carry.x)
 
     def _continuously(self, waiting: Waiting, shape: tuple[Any, ...]) -> Iterator[Made]:
         """All requests of a shape that can be had, each on its place as soon as one is free.
@@ -296,7 +318,7 @@ class Batches:
             # Finished pictures make room
             finished = [place for place in self.order if under[place] is not None and left[place] == 0]
             if finished and not left.any() and not any(done) and not any(fresh):
-                yield self._decoded([one if left[i] == 0 else None for i, one in enumerate(under)], state.carry.x)
+                yield from self._decoded([one if left[i] == 0 else None for i, one in enumerate(under)], state.carry.x)
                 under, state = list(nobody), None
                 continue
             while finished:
@@ -310,7 +332,7 @@ class Batches:
                     finished = [place for place in finished if place not in pairs]
                 if finished or all(done):
                     assert latents is not None
-                    yield self._decoded(done, latents)
+                    yield from self._decoded(done, latents)
                     done, latents = list(nobody), None
 
             # The next requests take the free places
@@ -351,4 +373,4 @@ class Batches:
                 left = np.maximum(left - ticks, 0)
         if any(done):
             assert latents is not None
-            yield self._decoded(done, latents)
+            yield from self._decoded(done, latents)

@@ -177,15 +177,18 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         image: images.ImageLike,
-        mask: images.ImageLike,
+        mask: images.ImageLike | None = None,
         negative_prompt: str = "",
         **settings: Any,
     ) -> list[Image.Image]:
         """Pictures in which the white part of `mask` is regenerated; where it is black they are `image` to the byte.
 
+        With `outpaint` the picture is extended, and the mask may be left out.
         A model with 9 input channels sees the mask; with any other the known region is held at every step.
-        Without width and height the results have the size of `image`. Raises as `image_to_image`.
+        Without width and height the results have the size of `image`, extended. Raises as `image_to_image`.
         """
+        if mask is None and settings.get("outpaint") is None:
+            raise ValueError("inpaint needs a mask, or outpaint")
         settings |= dict(negative_prompt=negative_prompt, image=images.load_image(image), mask=mask)
         return self._pictures(prompt, **settings)
 
@@ -312,7 +315,12 @@ class Pipeline:
         prompt, negative = request.prompt, request.negative_prompt
         if not isinstance(prompt, str) or not isinstance(negative, str):
             return {"adapters": {}, "embeddings": {}}
-        return _files_of(self.library, self.words, prompt, negative, request.weighting, tuple(request.loras))
+        found = _files_of(self.library, self.words, prompt, negative, request.weighting, tuple(request.loras))
+        if request.hires_prompt or request.hires_negative_prompt:
+            texts = request.hires_prompt or prompt, request.hires_negative_prompt or negative
+            more = _files_of(self.library, self.words, *texts, request.weighting, tuple(request.loras))
+            return {kind: found[kind] | more[kind] for kind in found}
+        return found
 
     def _adapting(self, live: bool) -> Adapting:
         """Whoever came first has the first ranks of a bank, which rounds in another way: to the bit they are merged."""
@@ -341,15 +349,16 @@ class Pipeline:
         """The pictures of a batch, fetched from the devices and fitted to what was asked for."""
         pictures, finite = images.to_images(made.pixels), np.asarray(made.finite)
         for place, one in made.requests:
+            request = one.request if one.origin is None else one.origin
             if finite[place]:
-                yield one.request, one.source.finish(pictures[place])
+                yield request, one.source.finish(pictures[place])
                 continue
             dtype = jax.tree.leaves(self.params["unet"])[0].dtype
             error = FloatingPointError(
-                f"the picture of seed {one.request.seed} came out as NaN or infinity in {dtype}; try "
+                f"the picture of seed {request.seed} came out as NaN or infinity in {dtype}; try "
                 f"{'float32' if dtype != np.float32 else 'less guidance, or another file of the model'}"
             )
-            fail(one.request, error)
+            fail(request, error)
 
 
 @lru_cache(maxsize=1024)

@@ -13,10 +13,12 @@ from sdjax import image as images
 from sdjax.config import ModelConfig
 from sdjax.diffusion.plan import Plan, calls_per_step
 from sdjax.diffusion.torch_noise import torch_noise
+from sdjax.diffusion.upscale import PICTURE_UPSCALERS, upscaled_latents, upscaled_picture
 from sdjax.models.adapters import NO_GATES
 from sdjax.pipeline.adapters import Adapted, Weights
 from sdjax.pipeline.functions import inpainting_channels
-from sdjax.request import Request, check_request, plan, size_of
+from sdjax.pipeline.pixels import pixels_of
+from sdjax.request import Request, check_request, plan, second_pass, with_defaults
 from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of
 
 SOURCES = 64
@@ -40,9 +42,12 @@ class Source(NamedTuple):
     finish: Callable[[Image.Image], Image.Image]
 
 
+SHAPING = ("width", "height", "outpaint", "feather", "only_masked", "soft_mask")
+"""Settings that decide, with picture and mask, what a `Source` is."""
+
 Sources = dict[Any, Source]
-"""Encoded pictures, by the content of picture and mask and the size asked for: a picture that many requests start from
-is encoded once.
+"""Encoded pictures, by the content of picture and mask and `SHAPING`: a picture that many requests start from is
+encoded once.
 """
 
 
@@ -54,6 +59,8 @@ class Prepared(NamedTuple):
     gates: f[sections, R], its weights of their ranks.
     pure: whether it starts from noise alone.
     shape: requests with equal ones can run together.
+    second: the second pass of hires-fix, which starts from what this one makes; None: this is the last.
+    origin: the request that it is of, where `request` is its second pass; None: `request` itself.
     """
 
     request: Request
@@ -64,6 +71,37 @@ class Prepared(NamedTuple):
     gates: np.ndarray
     pure: bool
     shape: tuple[Any, ...]
+    second: Second | None = None
+    origin: Request | None = None
+
+
+class Second(NamedTuple):
+    """A second pass, ready but for the latents that it starts from.
+
+    one: of it, with zeros for these. upscaler: one of `UPSCALERS`. encode: as `prepare` has it.
+    """
+
+    one: Prepared
+    upscaler: str
+    encode: Callable[[np.ndarray], Any]
+
+    @property
+    def sees_picture(self) -> bool:
+        """Whether it starts from the decoded picture, and not from the latents."""
+        return self.upscaler in PICTURE_UPSCALERS
+
+    def started(self, latents: np.ndarray, pixels: np.ndarray | None) -> Prepared:
+        """The second pass from what the first has made: latents f32[h, w, c], and u8[H, W, 3] if it `sees_picture`."""
+        source = self.one.source
+        if pixels is not None and self.sees_picture:
+            picture = upscaled_picture(Image.fromarray(pixels), source.size, self.upscaler)
+            known = np.asarray(self.encode(images.to_array(picture)[None]))
+            if not np.isfinite(latents).all():  # which bytes cannot say
+                known = np.full_like(known, np.nan)
+        else:
+            height, width = source.known.shape[1:3]
+            known = upscaled_latents(latents, (width, height), self.upscaler)[None]
+        return self.one._replace(source=source._replace(known=known))
 
 
 def prepare(
@@ -88,8 +126,34 @@ def prepare(
         TypeError, ValueError, OSError: the request cannot be made; the message says why.
     """
     full = check_request(request, config, name)
+    has: dict[str, Any] = dict(words=words, encode=encode, sources=sources, adapt=adapt)
+    one = _prepared(request, full, config, None, **has)
+    second = second_pass(full, config)
+    if second is None:
+        return one
+    resolved = with_defaults(second.request, config.sampling)
+    later = _prepared(second.request, resolved, config, (full, second.steps), **has)
+    later = later._replace(pure=False, origin=request)
+    return one._replace(second=Second(later, request.hires_upscaler, encode))
+
+
+def _prepared(
+    request: Request,
+    full: Request,
+    config: ModelConfig,
+    after: tuple[Request, int] | None,
+    *,
+    words: Words,
+    encode: Callable[[np.ndarray], Any],
+    sources: Sources,
+    adapt: Callable[[Request], Adapted] | None,
+) -> Prepared:
+    """One pass. full: the request with every default in its place.
+
+    after: the first pass, and how many steps of this one run; None: it is the first.
+    """
     hashes = [None if file is None else images.content_hash(file) for file in (request.image, request.mask)]
-    key = (*hashes, request.width, request.height)
+    key = (*hashes, *(getattr(request, name) for name in SHAPING))
     if key not in sources:
         if len(sources) >= SOURCES:
             del sources[next(iter(sources))]
@@ -98,8 +162,8 @@ def prepare(
     latent = source.known.shape[1:]
     if not isinstance(request.noise, str) and np.shape(request.noise) != latent:
         raise ValueError(f"noise must have the shape {latent} for each picture, found {np.shape(request.noise)}")
-    planned = plan(full, config)
-    negative, positive = readings(full, config, planned)
+    planned = plan(full, config, None if after is None else after[1])
+    negative, positive = readings(full, config, planned, after)
     adapted = Adapted(None, NO_GATES) if adapt is None else adapt(full)
     prompts = lay_out(
         negative,
@@ -117,27 +181,39 @@ def prepare(
     )
 
 
-def readings(full: Request, config: ModelConfig, planned: Plan) -> tuple[Reading | np.ndarray, Reading | np.ndarray]:
+def readings(
+    full: Request, config: ModelConfig, planned: Plan, after: tuple[Request, int] | None = None
+) -> tuple[Reading | np.ndarray, Reading | np.ndarray]:
     """A request's negative prompt and prompt, read. full: with every default in its place; planned: its rows.
+
+    after: the first pass of a second one, and how many steps of this one run.
 
     What there is to tell of them is told as warnings.
 
     Raises:
         ValueError: they cannot be used.
     """
-    steps = (full.steps or 1) * calls_per_step(full.sampler or "")
-    positive = reading(full.prompt, full.weighting, steps, config)
+    first_pass = None if after is None else (after[0].steps or 1) * calls_per_step(after[0].sampler or "")
+    steps = ((full.steps or 1) if after is None else after[1]) * calls_per_step(full.sampler or "")
+    positive = reading(full.prompt, full.weighting, steps, config, first_pass)
     guidance, parts = planned.rows.levels.guidance, positive.parts if isinstance(positive, Reading) else ()
     is_used = guidance is None or guidance.used.any() or (bool(parts) and [part.weight for part in parts] != [1])
-    negative = reading(full.negative_prompt if is_used else "", full.weighting, steps, config, negative=True)
+    unwanted = full.negative_prompt if is_used else ""
+    negative = reading(unwanted, full.weighting, steps, config, first_pass, negative=True)
     for prompt in (positive, negative):
-        for note in prompt.notes if isinstance(prompt, Reading) else ():
+        for note in prompt.notes if isinstance(prompt, Reading) and after is None else ():
             warnings.warn(note, stacklevel=2)
     return negative, positive
 
 
 def reading(
-    prompt: str | np.ndarray, weighting: str, steps: int, config: ModelConfig, *, negative: bool = False
+    prompt: str | np.ndarray,
+    weighting: str,
+    steps: int,
+    config: ModelConfig,
+    first_pass: int | None = None,
+    *,
+    negative: bool = False,
 ) -> Reading | np.ndarray:
     """A prompt, read; one that is encoded already is checked and stays as it is.
 
@@ -145,7 +221,7 @@ def reading(
         ValueError: it cannot be used.
     """
     if isinstance(prompt, str):
-        return read(prompt, weighting, steps=steps, negative=negative)
+        return read(prompt, weighting, steps=max(steps, 1), first_pass=first_pass, negative=negative)
     array, clip = np.asarray(prompt, np.float32), config.clip
     if array.ndim != 2 or array.shape[1] != clip.width or not array.shape[0] or array.shape[0] % clip.length:
         raise ValueError(
@@ -189,60 +265,3 @@ def _source(request: Request, config: ModelConfig, encode: Callable[[np.ndarray]
     if config.unet.in_channels == 9:
         concat = inpainting_channels(encode, pixels.picture, pixels.mask, downscale=config.vae.downscale)
     return Source(pixels.size, known, pixels.cells, concat, pixels.finish)
-
-
-class Pixels(NamedTuple):
-    """A request's picture and mask on the host, as the networks will see them. size: (width, height) to work at.
-
-    picture: f32[1, H, W, 3], zeros without one; mask: f32[1, H, W, 1], and cells: f32[1, h, w, 1], of the latent's
-    grid; ones without a mask. finish: from what the model made to what was asked for.
-    """
-
-    size: tuple[int, int]
-    picture: np.ndarray
-    mask: np.ndarray
-    cells: np.ndarray
-    finish: Callable[[Image.Image], Image.Image]
-
-
-def pixels_of(request: Request, config: ModelConfig) -> Pixels:
-    """Opens and fits the picture and the mask of a request; no network is needed for it.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it cannot be read, or the mask does not fit or regenerates nothing.
-    """
-    cell = config.vae.downscale
-    if request.image is None:
-        size = size_of(request, config, None)
-        empty = np.zeros((1, size[1], size[0], config.vae.image_channels), np.float32)
-        whole = np.ones((1, size[1], size[0], 1), np.float32)
-        return Pixels(size, empty, whole, images.latent_mask(whole, cell), lambda result: result)
-    original = images.load_image(request.image)
-    size = size_of(request, config, original.size)
-    asked, picture = request.width is not None, images.fit(original, size)
-    array, whole = images.to_array(picture)[None], np.ones((1, size[1], size[0], 1), np.float32)
-    if request.mask is None:
-        return Pixels(
-            size,
-            array,
-            whole,
-            images.latent_mask(whole, cell),
-            lambda result: result if asked else _resized(result, original.size),
-        )
-    given = images.load_mask(request.mask, original.size)
-    fitted = images.load_mask(images.fit(Image.fromarray(np.round(given * 255).astype(np.uint8)), size), size)
-    whole = fitted[None, ..., None]
-    cells = images.latent_mask(whole, cell)
-    if not cells.any():
-        raise ValueError(f"the mask is too fine and would regenerate nothing; make it {cell} pixels wide or more")
-
-    def finish(result: Image.Image) -> Image.Image:
-        if asked:
-            return images.paste_back(picture, result, fitted)
-        return images.paste_back(original, _resized(result, original.size), given)
-
-    return Pixels(size, array, whole, cells, finish)
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

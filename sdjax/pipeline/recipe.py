@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 from sdjax.config import SamplingConfig
 from sdjax.devices.platform import environment
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.request import TASKS, Request, Setting, settings, with_defaults
+from sdjax.request import TASKS, Request, Setting, settings, task_of, with_defaults
 from sdjax.storage.files import new_file
 from sdjax.text.syntax import lora_of
 
@@ -49,6 +49,7 @@ FIRST += ("spacing", "eta", "clip_skip", "width", "height", "strength", "noise")
 """Settings that every recipe has; later ones may be missing from recipes of earlier versions, and had their default."""
 
 ADDED: dict[str, Any] = {"conversion": {}, "environment": {}, "adapters": {}, "embeddings": {}, "weighting": "none"}
+ADDED |= {"asked_size": None}
 """Further entries that recipes of earlier versions lack, and what held then."""
 
 UNSHOWN = ("image", "mask", "id")
@@ -73,6 +74,7 @@ class RecipeBase:
     model: as it was given; "" is the model in the box.
     dtype: of the parameters.
     image, mask: (path, sha256) of what was given, or None.
+    asked_size: (width, height) to work at, where a picture was given and they were asked for.
     conversion: how a foreign model's file was read (`sdjax.load`).
     adapters, embeddings: path -> sha256 of those that were used.
     environment: what was set around the process that changes numbers.
@@ -84,6 +86,7 @@ class RecipeBase:
     dtype: str
     image: tuple[str, str] | None
     mask: tuple[str, str] | None
+    asked_size: tuple[int, int] | None = None
     conversion: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, str] = dataclasses.field(default_factory=dict)
     embeddings: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -196,7 +199,7 @@ def _fits(kind: Any, value: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list) and len(value) == len(args) and all(map(_fits, args, value))
     if origin is dict:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and (args[1] is Any or all(_fits(args[1], one) for one in value.values()))
     if kind is float:
         return type(value) is float or (type(value) is int and abs(value) < 2**63)
     return type(value) is kind
@@ -214,19 +217,24 @@ def recipe_of(
     conversion: dict[str, Any] | None = None,
     adapters: dict[str, str] | None = None,
     embeddings: dict[str, str] | None = None,
+    image_size: int | None = None,
 ) -> Recipe:
     """The recipe of a request's picture.
 
     defaults: the model's own settings. image, mask: path and sha256 of what was given. The rest: see `Recipe`.
+    image_size: the model's own, which a first pass has if no other was asked for; None: as the picture's.
     """
     resolved = with_defaults(request, defaults)
     made = recipe_class(type(request))  # type: ignore[arg-type]
     values = {name: getattr(resolved, name) for name in made.settings}
     values |= dict(width=picture.width, height=picture.height)
+    if request.hires_scale is not None or request.hires_size is not None:  # the size of the first pass
+        for side in ("width", "height"):
+            values[side] = getattr(request, side) or image_size or values[side]
     values["strength"] = None if image is None else resolved.strength
-    task = "txt2img" if image is None else "img2img" if mask is None else "inpaint"
-    values |= dict(adapters=adapters or {}, embeddings=embeddings or {}, conversion=conversion or {})
-    return made(task=task, model=model, dtype=dtype, image=image, mask=mask, **values)
+    asked = None if image is None or request.width is None else (request.width, request.height)
+    values |= dict(asked_size=asked, adapters=adapters or {}, embeddings=embeddings or {}, conversion=conversion or {})
+    return made(task=task_of(request), model=model, dtype=dtype, image=image, mask=mask, **values)
 
 
 def file_hash(path: str | Path) -> str:

@@ -70,10 +70,12 @@ class Reading(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read(text: str, weighting: str = "a1111", *, steps: int = 1, negative: bool = False) -> Reading:
+def read(
+    text: str, weighting: str = "a1111", *, steps: int = 1, first_pass: int | None = None, negative: bool = False
+) -> Reading:
     """A prompt's parts, their texts over the steps of a sampler, and its networks.
 
-    steps: calls of the UNet that its schedules count.
+    steps: calls of the UNet that its schedules count. first_pass: those of the pass before, in a second pass.
     negative: whether it is a negative prompt, in which AND is a word and networks are text.
 
     Raises:
@@ -101,7 +103,8 @@ def read(text: str, weighting: str = "a1111", *, steps: int = 1, negative: bool 
     if weighting == "a1111":
         weighted = [(text, 1.0)] if negative else syntax.parts(text)
         parts = tuple(
-            Part(tuple(syntax.schedule(part, steps, notes=notes)), _usable(weight, part)) for part, weight in weighted
+            Part(tuple(syntax.schedule(part, steps, first_pass=first_pass, notes=notes)), _usable(weight, part))
+            for part, weight in weighted
         )
         if wrong := re.search(r"\([^()]*:\s*([+-]?[\d.]*\.\d*\.[\d.]*)\s*\)", text):
             notes.append(f"{wrong[0]:.60}: {wrong[1]} is no number, so the brackets count 1.1")
