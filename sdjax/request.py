@@ -741,7 +741,7 @@ def check_mask_settings(values: Mapping[str, Any], image: str = "the image that 
 
     values: settings by name; image: what the picture to start from is called.
     """
-    is_extended = any(parse_sides(values.get("outpaint") or "0"))
+    is_extended = any(parse_sides(values.get("outpaint")))
     for name, its_name in (("mask", "a mask"), ("outpaint", "outpaint")):
         if values.get(name) is not None and values.get("image") is None:
             raise ValueError(f"{its_name} needs {image}")
@@ -798,7 +798,7 @@ def task_of(request: Request) -> str:
     """Which of `TASKS` a request is."""
     if request.image is None:
         return "txt2img"
-    return "img2img" if request.mask is None and not any(parse_sides(request.outpaint or "0")) else "inpaint"
+    return "img2img" if request.mask is None and not any(parse_sides(request.outpaint)) else "inpaint"
 
 
 def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
@@ -891,12 +891,14 @@ def parse_size(text: Any) -> tuple[int, int]:
 
 
 def parse_sides(text: Any) -> Sides:
-    """Pixels on each side of a picture from a text such as "left=128,right=64", or "64" for all four.
+    """Pixels on each side of a picture from a text such as "left=128,right=64", or "64" for all four; None: none.
 
     Raises:
         ValueError: it is something else.
     """
     found: dict[str, int] = {}
+    if text is None:
+        return Sides()
     for part in text.split(",") if isinstance(text, str) else [""]:
         match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?([0-9]{1,5})", part.strip().lower())
         names = [] if match is None else {*SIDES.values()} if match[1] is None else [SIDES.get(match[1], "")]

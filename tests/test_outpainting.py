@@ -102,9 +102,18 @@ def test_settings_that_do_not_fit_are_refused(named, says):
         list(mini().batch([Request("a", **named)]))
 
 
-def test_inpainting_without_mask_and_outpaint_is_refused():
+@pytest.mark.parametrize("named", [{}, dict(outpaint="0"), dict(outpaint=None)])
+def test_inpainting_without_mask_and_outpaint_is_refused(named):
     with pytest.raises(ValueError, match="inpaint needs a mask, or outpaint"):
-        mini().inpaint("a", photo(8, 8))
+        mini().inpaint("a", photo(8, 8), **named)
+
+
+def test_a_picture_is_kept_for_the_settings_that_shape_it():
+    old, mask, sources = photo(16, 16), spot(16, 16, (4, 4, 9, 9)), {}
+    ways = [{}, dict(feather=2), dict(only_masked=2), dict(outpaint="2"), dict(soft_mask="differential")]
+    for named in [*ways, *ways]:
+        mini()._prepared(Request("a", image=old, mask=mask, **named), sources)
+    assert len(sources) == len(ways)
 
 
 # Masks
@@ -337,6 +346,7 @@ def test_the_recipe_makes_the_picture_again(here, capsys, arguments):
     [
         ("photo.png", "the mask is missing: give the path of a picture after the prompt, or --outpaint left=64"),
         ("photo.png --outpaint west=3", "outpaint must be pixels"),
+        ("photo.png --outpaint 0", "the mask is missing"),
         ("photo.png mask.png --only-masked -1", "only_masked must be a whole number of pixels"),
         ("photo.png mask.png --only-masked 0 --feather 99", "feather is 99 pixels, and the picture 20x12"),
         ("photo.png --outpaint right=16383", "would become 16403x12"),

@@ -22,6 +22,7 @@ from sdjax.request import (
     check_seeds,
     check_values,
     ours,
+    parse_sides,
     parse_size,
     random_seed,
     second_pass,
@@ -50,7 +51,7 @@ def generate(options: argparse.Namespace) -> int:
     hashes: dict[str, Any] = {"image": None, "mask": None}
     for name in hashes:
         given, values[name] = values[name], None
-        may_lack = name == "mask" and given is None and values["outpaint"] is not None
+        may_lack = name == "mask" and given is None and any(parse_sides(values["outpaint"]))
         if options.task in settings()[name].tasks and not may_lack:
             hashes[name] = _checked_file(name, given, file_hash)
             values[name] = hashes[name][0]

@@ -326,7 +326,7 @@ def _shape(request: Request) -> tuple[Any, ...]:
     if size == (None, None) and request.only_masked is not None:
         size = "region"
     elif size == (None, None) and request.image is not None:
-        sides = parse_sides(request.outpaint or "0")
+        sides = parse_sides(request.outpaint)
         try:
             with Image.open(str(request.image)) as image:
                 size = image.width + sides.left + sides.right, image.height + sides.top + sides.bottom

@@ -23,7 +23,7 @@ from sdjax.pipeline.adapters import Adapting, Library, digest_of_adapter, read_l
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
 from sdjax.pipeline.programs import encoder, programs
-from sdjax.request import BATCH, Request, check_positive, check_request, need, requests_for
+from sdjax.request import BATCH, Request, check_positive, check_request, need, parse_sides, requests_for
 from sdjax.storage.cache import digest_of
 from sdjax.text.embeddings import Embedding, Vocabulary
 from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read
@@ -187,7 +187,7 @@ class Pipeline:
         A model with 9 input channels sees the mask; with any other the known region is held at every step.
         Without width and height the results have the size of `image`, extended. Raises as `image_to_image`.
         """
-        if mask is None and settings.get("outpaint") is None:
+        if mask is None and not any(parse_sides(settings.get("outpaint"))):
             raise ValueError("inpaint needs a mask, or outpaint")
         settings |= dict(negative_prompt=negative_prompt, image=images.load_image(image), mask=mask)
         return self._pictures(prompt, **settings)

@@ -117,7 +117,7 @@ def _inpainted(request: Request, config: ModelConfig, given: Image.Image) -> Pix
 
 def _with_mask(request: Request, given: Image.Image) -> tuple[Image.Image, np.ndarray]:
     """The picture, extended, and its mask f32[H, W], softened, in its own pixels."""
-    sides, feather = parse_sides(request.outpaint or "0"), request.feather
+    sides, feather = parse_sides(request.outpaint), request.feather
     if feather is not None and feather > min(given.size):
         raise ValueError(f"feather is {feather} pixels, and the picture {given.width}x{given.height}; take fewer")
     mask = np.zeros((given.height, given.width), np.float32)
