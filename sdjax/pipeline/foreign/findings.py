@@ -135,3 +135,8 @@ def real(text: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def decimal(number: float) -> str:
+    """A weight as it is written in prompts and options, without an exponent."""
+    return f"{number:.6f}".rstrip("0").rstrip(".")

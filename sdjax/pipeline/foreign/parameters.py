@@ -13,7 +13,7 @@ import re
 from typing import Any, NamedTuple
 
 from sdjax.hints import hint
-from sdjax.pipeline.foreign.findings import Findings, Foreign, real, short, whole
+from sdjax.pipeline.foreign.findings import Findings, Foreign, decimal, real, short, whole
 from sdjax.pipeline.foreign.names import (
     A1111_SPACINGS,
     ALWAYS,
@@ -323,10 +323,10 @@ def _additional_networks(found: Findings, pairs: dict[str, str]) -> None:
         kind, file, unet, text = (
             pairs.pop(f"AddNet {label} {slot}", "") for label in ("Module", "Model", "Weight A", "Weight B")
         )
-        weights = real(unet or "1"), real(text or unet or "1")
+        weights = [weight for weight in (real(text or unet or "1"), real(unet or "1")) if weight is not None]
         name = re.sub(r"\([0-9a-f]+\)$", "", file).strip()
-        if enabled and kind == "LoRA" and name and None not in weights and not set(name) & set("<>:="):
-            found.settings["prompt"] += f" <lora:{name}:{weights[1]:g}:{weights[0]:g}>"
+        if enabled and kind == "LoRA" and name and len(weights) == 2 and not set(name) & set("<>:="):
+            found.settings["prompt"] += f" <lora:{name}:{decimal(weights[0])}:{decimal(weights[1])}>"
         elif enabled and kind:
             found.leave(f"AddNet Model {slot}: {file}", "left out; its kind or weights are not known")
 
