@@ -6,6 +6,7 @@ web UI and its relatives, of ComfyUI, and of InvokeAI. What cannot be honoured i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,8 +15,20 @@ from sdjax.pipeline.foreign.findings import Foreign, short
 from sdjax.pipeline.foreign.invokeai import parse_dream, parse_invokeai
 from sdjax.pipeline.foreign.parameters import parse_parameters
 from sdjax.pipeline.recipe import KEY, texts_of
+from sdjax.storage.cache import digest_of
 
-__all__ = ["Foreign", "is_foreign", "parse_comfyui", "parse_invokeai", "parse_parameters", "read_foreign"]
+__all__ = [
+    "Foreign",
+    "described",
+    "is_adapter",
+    "is_foreign",
+    "is_model",
+    "parse_comfyui",
+    "parse_invokeai",
+    "parse_parameters",
+    "read_foreign",
+    "told",
+]
 
 NAMES = ("parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata", "Sd-metadata", "Dream")
 """Texts in pictures that are read, by name."""
@@ -96,6 +109,53 @@ def of_texts(texts: dict[str, str]) -> Foreign:
     if "parameters" not in texts:
         raise ValueError("no text of A1111, ComfyUI or InvokeAI in this picture")
     return parse_parameters(texts["parameters"])
+
+
+# Models
+
+
+def told(found: Foreign) -> str:
+    """Which model a text names, for people."""
+    name = f"the model {found.model}" if found.model else "a model that its text does not name"
+    return f"{name} (hash {found.model_hash[:10]})" if found.model_hash else name
+
+
+def is_model(found: Foreign, path: Path) -> bool | None:
+    """Whether a file is the model that a text names, by its hash; None if that cannot be said.
+
+    Hashes are the first digits of the file's sha256. Eight digits are those of early versions of A1111: the sha256 of
+    64 KiB from the second MiB on.
+    """
+    if not found.model_hash or not path.is_file():
+        return None
+    if len(found.model_hash) == 8:
+        with open(path, "rb") as file:
+            file.seek(2**20)
+            early = hashlib.sha256(file.read(2**16)).hexdigest()
+        return early.startswith(found.model_hash)
+    return digest_of(path).startswith(found.model_hash)
+
+
+def is_adapter(digest: str, path: Path) -> bool:
+    """Whether a file is the adapter with that hash: the first digits of the sha256 of a .safetensors file behind its
+    header, as A1111 and kohya's trainer count it, or of the whole file.
+    """
+    if not path.is_file() or digest_of(path).startswith(digest):
+        return path.is_file()
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        if not 0 < header < path.stat().st_size:
+            return False
+        file.seek(8 + header)
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(digest)
+
+
+def described(found: Foreign) -> str:
+    """What a text says, for people: what is taken from it, and what is not."""
+    taken = ", ".join(f"{name} {value}" for name, value in found.settings.items() if "prompt" not in name)
+    lines = [f"{found.source:11} {told(found)}", f"taken       {taken}"]
+    lines += [f"not         {line}" for line in found.unhonoured]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _file_text(path: Path) -> str:

@@ -212,8 +212,6 @@ class Graph:
                 return final, None, []
             scaling += [node] if "scale" in node.kind.lower() else []
             node = step
-        if node.kind not in SAMPLING:
-            self.refuse(last, "its picture is made from itself")
         if not scaling:
             self.refuse(last, "it goes on from another sampler's result at the same size")
         first = self._pass(node)
@@ -262,6 +260,10 @@ class Graph:
         for _ in self.nodes:
             if node is None or node.kind in SAMPLING:
                 return node
+            vae = self._node(node.inputs.get("vae"))
+            if vae is not None and vae.kind == "VAELoader":
+                name = short(self._value(vae.inputs.get("vae_name")))
+                self.found.leave(f"{vae}: {name}", f"not looked for; give it with {hint('vae')}")
             if node is not end and not node.kind.startswith(("VAEDecode", "VAEEncode")):
                 self.found.leave(str(node), "left out; it was done to the picture afterwards")
             node = self._node(next(iter(self._links(node, "samples", *IMAGE_INPUTS)), None))
@@ -276,6 +278,8 @@ class Graph:
                 if before is not None and before.id not in seen:
                     seen[before.id] = before
                     left.append(before)
+        if node.id in seen:
+            self.refuse(node, "its picture is made from itself")
         return [one for one in seen.values() if one.kind in SAMPLING]
 
     # Samplers
@@ -324,7 +328,7 @@ class Graph:
             self.refuse(node, "it goes on from another sampler's result without noise")
 
     def _sigmas(self, node: Node) -> tuple[str | None, str | None, Any, float]:
-        """Of a node that makes noise levels: scheduler by ComfyUI's name, or spacing by ours, then steps and denoise."""
+        """Of a node that makes noise levels: ComfyUI's name of them, or our spacing, then steps and denoise."""
         steps, denoise = node.inputs.get("steps"), _denoise(real(self._value(node.inputs.get("denoise", 1))))
         if node.kind == "BasicScheduler":
             return self._value(node.inputs.get("scheduler")), None, steps, denoise
@@ -505,9 +509,6 @@ class Graph:
         seeds = [self._value(one.seed) for one in (first, second)]
         if seeds[0] != seeds[1]:
             found.leave(f"{second.node}, seed {short(seeds[1])}", "left out; the second pass has the first one's seed")
-        steps = whole(self._value(second.steps))
-        if steps is not None and second.denoise > 0:  # ComfyUI counts those that are made, not those of a whole picture
-            second = second._replace(steps=int(steps / second.denoise))
         self._numbers(second, "hires_")
         for which, link, was in (
             ("prompt", second.positive, first.positive),

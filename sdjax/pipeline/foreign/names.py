@@ -150,17 +150,21 @@ TWICE = ("dpm2", "dpm2_a")
 
 UPSCALERS = {
     "latent": "latent",
-    "latent (antialiased)": "latent",
+    "latent (antialiased)": "latent_antialiased",
     "latent (bicubic)": "latent_bicubic",
-    "latent (bicubic antialiased)": "latent_bicubic",
+    "latent (bicubic antialiased)": "latent_bicubic_antialiased",
     "latent (nearest)": "latent_nearest",
-    "latent (nearest-exact)": "latent_nearest",
+    "latent (nearest-exact)": "latent_nearest_exact",
     "lanczos": "lanczos",
     "bicubic": "bicubic",
     "none": "lanczos",
     "nearest": "nearest",
+    "nearest-exact": "nearest",
 }
 """Names of upscalers, in small letters, in ours."""
+
+SCALINGS = ("area", "bilinear", "bislerp", "box", "hamming")
+"""Ways of scaling without a model that sdjax does not have."""
 
 
 def put_sampler(found: Findings, name: str, said: str, prefix: str = "") -> tuple[str | None, str | None]:
@@ -214,14 +218,11 @@ def put_spacing(found: Findings, spacing: str | None, said: str, prefix: str = "
 def put_upscaler(found: Findings, name: str, said: str) -> None:
     """Takes the upscaler of a second pass; models that upscale are out, and Lanczos stands for them."""
     plain = " ".join(name.lower().split())
-    wanted = UPSCALERS.get(plain)
-    if wanted is not None and found.accepts("hires_upscaler", wanted):
+    wanted, latent = UPSCALERS.get(plain, ""), plain.startswith("latent")
+    if found.accepts("hires_upscaler", wanted):
         found.settings["hires_upscaler"] = wanted
         return
-    instead = "latent" if plain.startswith("latent") else "lanczos"
-    if found.accepts("hires_upscaler", instead):
-        found.settings["hires_upscaler"] = instead
-        why = "a way of scaling" if wanted is not None else "an upscaling model"
-        found.leave(said, f"{why} that sdjax does not have; {instead} is used instead")
-    else:
-        found.leave(said, "left out; this version of sdjax has no hires_upscaler")
+    instead = "latent" if latent else "lanczos"
+    if found.put("hires_upscaler", instead, said):
+        what = "a way of scaling that sdjax does not have" if latent or plain in SCALINGS else "an upscaling model"
+        found.leave(said, f"{what}; {instead} is used instead")

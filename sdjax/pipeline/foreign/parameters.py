@@ -12,6 +12,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.schedule import SPACINGS
 from sdjax.hints import hint
 from sdjax.pipeline.foreign.findings import Findings, Foreign, decimal, real, short, whole
 from sdjax.pipeline.foreign.names import (
@@ -192,12 +194,12 @@ def repaired(text: str) -> str:
 
 def taken_apart(text: str) -> Text:
     """Prompts and settings of a text."""
-    lines = [line.strip() for line in text.strip().split("\n")]
+    text = text.strip()
+    if not re.search(r"^\s*Steps: *[0-9]", text, re.MULTILINE) and re.search(r"\sSteps: *[0-9]+, *Sampler: ", text):
+        text = re.sub(r"\s(Steps: *[0-9]+, *Sampler: )", r"\n\1", text)  # some sites lose the line breaks
+        text = re.sub(rf"\s({NEGATIVE})", r"\n\1", text)
+    lines = [line.strip() for line in text.split("\n")]
     at = _settings_line(lines)
-    if at is None:  # some sites lose the line breaks
-        broken = re.sub(r"\s+(Steps: *[0-9]+, *Sampler: )", r"\n\1", re.sub(rf"\s+({NEGATIVE})", r"\n\1", text.strip()))
-        lines = [line.strip() for line in broken.split("\n")]
-        at = _settings_line(lines)
     pairs, strays = pairs_of(lines[at]) if at is not None else ({}, [])
     after = [] if at is None else lines[at + 1 :]
     prompts: dict[bool, list[str]] = {False: [], True: []}
@@ -395,6 +397,9 @@ def _sampling(found: Findings, pairs: dict[str, str], source: str) -> None:
     if source == "A1111":
         if sampler in BROWNIAN:
             found.leave(f"Sampler: {name}", "its noise comes from a Brownian tree there; here each step has its own")
+        if sampler is not None and not SAMPLERS[sampler].stochastic:  # it would have changed nothing
+            pairs.pop("ENSD", None)
+            pairs.pop("Eta noise seed delta", None)
         if sampler in TWICE:
             found.leave(f"Sampler: {name}", "the noise level before the last is left out there, and is not here")
     for label, (setting, number) in PLAIN.items():
@@ -419,8 +424,6 @@ def spacing_in(schedule: str, source: str) -> str | None:
     plain = " ".join(schedule.lower().split())
     known = settings()["spacing"]
     if source == "sdjax":
-        from sdjax.diffusion.schedule import SPACINGS
-
         return next((name for name in SPACINGS if str(known.shown(name)).lower() == plain), plain)
     return COMFY_SPACINGS.get(plain) if source == "ComfyUI" else A1111_SPACINGS.get(plain)
 
