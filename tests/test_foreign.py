@@ -100,7 +100,7 @@ def test_a_text_of_a1111_in_all_its_parts():
     assert {name: found.settings.get(name) for name in expected} == expected
     assert (found.source, found.model, found.model_hash) == ("A1111", "dreamshaper_8", "879db523c3")
     assert found.networks == {"flower_style_v2": "3e1a2b4c5d6e"}
-    assert has(found, "noise", "torch-cuda", said="RNG: GPU")
+    assert has(found, "noise", "torch-cuda", said="noise of the graphics card")
     assert has(found, "hires_scale", 1.8, said="Hires upscale: 1.8")
     assert has(found, "hires_steps", 15, said="Hires steps: 15")
     assert has(found, "hires_strength", 0.45, said="Denoising strength: 0.45")

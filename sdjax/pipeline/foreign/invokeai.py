@@ -44,26 +44,20 @@ REASONS = {
 """What cannot be honoured, with what is done instead."""
 
 FLAGS = {
-    "-s": "steps",
-    "--steps": "steps",
-    "-S": "seed",
-    "--seed": "seed",
-    "-W": "width",
-    "--width": "width",
-    "-H": "height",
-    "--height": "height",
-    "-C": "cfg_scale",
-    "--cfg_scale": "cfg_scale",
-    "-A": "sampler",
-    "--sampler": "sampler",
-    "-f": "strength",
-    "-I": "init_image_path",
-    "-U": "upscale",
-    "-G": "facetool_strength",
-    "--perlin": "perlin",
-    "--threshold": "threshold",
+    "s": "steps",
+    "S": "seed",
+    "W": "width",
+    "H": "height",
+    "C": "cfg_scale",
+    "A": "sampler",
+    "f": "strength",
+    "I": "init_image_path",
+    "U": "upscale",
+    "G": "facetool_strength",
 }
-"""Options of the command in "Dream"."""
+"""Options of the command in "Dream" by their letters; the long ones have the names themselves."""
+
+LONG = (*FLAGS.values(), "perlin", "threshold")
 
 
 def parse_invokeai(metadata_json: str) -> Foreign:
@@ -93,11 +87,11 @@ def parse_dream(text: str) -> Foreign:
     said, prompt = dict[str, Any](), list[str]()
     left = iter(words)
     for word in left:
-        flag = re.fullmatch(r"(-[A-Za-z])(.+)", word)
-        if word in FLAGS:
-            said[FLAGS[word]] = next(left, "")
-        elif flag is not None and flag[1] in FLAGS:
-            said[FLAGS[flag[1]]] = flag[2]
+        flag = re.fullmatch(r"-([A-Za-z])(.*)", word)
+        if flag is not None and flag[1] in FLAGS:
+            said[FLAGS[flag[1]]] = flag[2] or next(left, "")
+        elif word.removeprefix("--") in LONG and word.startswith("--"):
+            said[word.removeprefix("--")] = next(left, "")
         elif re.match(r"--?[A-Za-z]", word):
             said[word] = True
         else:
@@ -113,8 +107,8 @@ def _third_version(said: dict[str, Any]) -> Foreign:
     _text(found, "prompt", said.pop("positive_prompt", ""))
     _text(found, "negative_prompt", said.pop("negative_prompt", ""))
     found.put("weighting", "compel", "weighting")
-    device = said.get("rand_device") or "cpu"
-    found.put("noise", {"cpu": "torch", "cuda": "torch-cuda"}.get(device, device), f"rand_device: {short(device)}")
+    device = short(said.get("rand_device") or "cpu")
+    found.put("noise", {"cpu": "torch", "cuda": "torch-cuda"}.get(device, device), f"rand_device: {device}")
     _numbers(found, said, "scheduler", version=(3, 0))
     skip = said.pop("clip_skip", None)
     if skip:

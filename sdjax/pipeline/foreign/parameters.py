@@ -356,12 +356,13 @@ def _noise(found: Findings, pairs: dict[str, str], source: str) -> None:
     usual = {"sdjax": "jax", "ComfyUI": "CPU"}.get(source, "CPU" if civitai else "GPU")
     if civitai and "RNG" not in pairs:
         found.leave("noise", "the text does not say where it came from; that of torch on the CPU is used")
+    words = f"RNG: {pairs['RNG']}" if "RNG" in pairs else "noise of the graphics card, since no RNG is said"
     said = pairs.pop("RNG", usual)
     noise = {"CPU": "torch", "GPU": "torch-cuda", "NV": "torch-cuda", "jax": "jax"}.get(said)
     if noise is None:
-        found.leave(f"RNG: {said}", "not known where this noise comes from; jax's is used")
+        found.leave(words, "not known where this noise comes from; jax's is used")
     elif noise != "jax":
-        found.put("noise", noise, f"RNG: {said}")
+        found.put("noise", noise, words)
     for label, name in (("Seed", "seed"), ("Variation seed", "variation_seed")):
         if label in pairs:
             text = pairs.pop(label)
@@ -406,6 +407,8 @@ def _sampling(found: Findings, pairs: dict[str, str], source: str) -> None:
         if label in pairs:
             text = pairs.pop(label)
             found.put(setting, number(text), f"{label}: {text}")
+        elif label in ("Steps", "CFG scale") and "CFG Scale" not in pairs:
+            found.leave(label, "missing from the text; the model's usual number is used")
     if "Schedule rho" in pairs and (text := pairs.pop("Schedule rho")) not in NOTHING:
         found.put("rho", real(text), f"Schedule rho: {text}")
     if "Clip skip" in pairs:
