@@ -38,6 +38,7 @@ HINTS = {
     "lora": Hint("--lora", "FILE", (*PICTURES, "sdjax batch", "sdjax-convert")),
     "lora_dir": Hint("--lora-dir", "DIR", (*PICTURES, "sdjax batch")),
     "embeddings": Hint("--embeddings", "DIR", (*PICTURES, "sdjax batch")),
+    "model": Hint("--model", "FILE", PICTURES),
     "recipe": Hint("--recipe", "PICTURE", PICTURES),
     "outpaint": Hint("--outpaint", "left=64", ("sdjax inpaint",)),
     "skip_bad": Hint("--skip-bad", None, ("sdjax batch", *TRAININGS)),

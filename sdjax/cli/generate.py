@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
 from sdjax.cli.signals import begin_work
@@ -29,6 +29,9 @@ from sdjax.request import (
     settings,
 )
 from sdjax.storage.files import refuse_long_names, refuse_unwritable
+
+if TYPE_CHECKING:
+    from sdjax.pipeline.foreign import Foreign
 
 NAME_BYTES = 120
 """Most bytes of a file's name that come from the prompt."""
@@ -64,7 +67,10 @@ def generate(options: argparse.Namespace) -> int:
     output = Output(options.output, first.prompt, range(first.seed, first.seed + count))
     output.check()
     model, dtype = asked.model, asked.dtype
+    _tell_other_model(asked.foreign, model)
     library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
+    if asked.foreign is not None:
+        _tell_other_adapters(asked.foreign, {tag.name: library.find(tag.name) for tag in tags_of(first)})
 
     def check(config: ModelConfig) -> None:
         second = second_pass(check_request(first, config, model or config.name), config)
@@ -163,13 +169,17 @@ def _slug(prompt: str) -> str:
 
 
 class Asked(NamedTuple):
-    """What a command asks for: the values of a request by name, the model, and a recipe's adapters by name."""
+    """What a command asks for: the values of a request by name, the model, and a recipe's adapters by name.
+
+    foreign: the recipe, if it is another tool's.
+    """
 
     values: dict[str, Any]
     model: str
     dtype: str
     conversion: dict[str, Any]
     adapters: dict[str, Path]
+    foreign: Foreign | None = None
 
 
 def _asked(options: argparse.Namespace) -> Asked:
@@ -178,7 +188,10 @@ def _asked(options: argparse.Namespace) -> Asked:
     values: dict[str, Any] = {"prompt": None}
     values |= {field.name: field.default for field in dataclasses.fields(kind) if field.name != "prompt"}
     model, dtype, conversion, adapters = "", "float32", {}, dict[str, Path]()
-    if options.recipe is not None:
+    foreign = _foreign(options)
+    if foreign is not None:
+        values |= {name: value for name, value in foreign.settings.items() if name in values}
+    elif options.recipe is not None:
         from sdjax.devices.platform import environment
         from sdjax.pipeline.recipe import read_recipe
 
@@ -202,7 +215,56 @@ def _asked(options: argparse.Namespace) -> Asked:
         given["width"], given["height"] = parse_size(options.size)
     given = ours(given, kind)
     model, dtype = model if options.model is None else options.model, options.dtype or dtype
-    return Asked(values | given, model, dtype, conversion | conversion_of(options), adapters)
+    return Asked(values | given, model, dtype, conversion | conversion_of(options), adapters, foreign)
+
+
+def _foreign(options: argparse.Namespace) -> Foreign | None:
+    """The recipe of another tool's picture for the task at hand, with a note for all that cannot be honoured.
+
+    Raises:
+        ValueError: its text cannot be read, or no model is given.
+    """
+    if options.recipe is None:
+        return None
+    from sdjax.pipeline.foreign import is_foreign, read_foreign, told
+
+    if not is_foreign(options.recipe):
+        return None
+    found = read_foreign(options.recipe)
+    known = settings(options.request)
+    lacking = [name for name in found.settings if name in known and options.task not in known[name].tasks]
+    lines = [f"{name} {found.settings[name]}: left out; {options.task} does not have it" for name in lacking]
+    note(f"{options.recipe} was made by {found.source}; sdjax makes the nearest that it can")
+    for line in (*found.unhonoured, *lines):
+        note(line)
+    if options.model is None and not (found.source == "sdjax" and found.model == "built-in"):
+        box = f"or {hint('model', '')} for the model in the box"
+        raise ValueError(f"{options.recipe} was made with {told(found)}; give it with {hint('model')}, {box}")
+    left = {name: value for name, value in found.settings.items() if name not in lacking}
+    return found._replace(settings=left)
+
+
+def _tell_other_model(foreign: Foreign | None, model: str) -> None:
+    """A note if the model at hand is not the one that another tool's recipe names, or if that cannot be said."""
+    from sdjax.pipeline.foreign import is_model, told
+
+    if foreign is None or not (foreign.model or foreign.model_hash):
+        return
+    same = is_model(foreign, Path(model).expanduser()) if model else False
+    if same is None:
+        note(f"the recipe was made with {told(foreign)}; whether {model} is the same cannot be said")
+    elif not same:
+        note(f"the recipe was made with {told(foreign)}; {model or 'the model in the box'} is another model")
+
+
+def _tell_other_adapters(foreign: Foreign, files: dict[str, Path]) -> None:
+    """A note for each adapter that is not the one whose hash another tool's recipe says. files: by name."""
+    from sdjax.pipeline.foreign import is_adapter
+
+    for name, path in files.items():
+        digest = foreign.networks.get(name)
+        if digest is not None and not is_adapter(digest, path):
+            note(f"{path}: not the adapter {name} that the recipe was made with, whose hash is {digest}")
 
 
 def _find_again(options: argparse.Namespace, recipe: Any) -> dict[str, Path]:

@@ -22,7 +22,7 @@ def show_info(options: argparse.Namespace) -> int:
         print(_lines_text(path), end="")
     elif path.is_file() and path.name in ("job.json", "settings.json"):
         print((_job_text if path.name == "job.json" else _training_text)(path.parent), end="")
-    elif path.is_file() and path.suffix.lower() == ".json":
+    elif path.is_file() and path.suffix.lower() in (".json", ".txt"):
         print(_recipe_text(path), end="")
     elif path.is_file() and _is_picture(path):
         print(_picture_text(path), end="")
@@ -72,22 +72,31 @@ def _is_picture(path: Path) -> bool:
 
 
 def _picture_text(path: Path) -> str:
+    from sdjax.pipeline.foreign import described, is_foreign, read_foreign
     from sdjax.pipeline.recipe import KEY, read_parameters, read_recipe
 
     parameters = read_parameters(path)
-    if parameters is None:
+    foreign = is_foreign(path)
+    if parameters is None and not foreign:
         raise ValueError(f"{path}: no recipe in this picture")
+    shown = "" if parameters is None else f"{parameters}\n"
     try:
-        return f"{parameters}\n{KEY}: {read_recipe(path).to_json()}\n"
+        own = "" if foreign else f"{KEY}: {read_recipe(path).to_json()}\n"
+        return f"{shown}{described(read_foreign(path)) if foreign else own}"
     except ValueError as error:
+        if not shown:
+            raise
         note(str(error))
-        return f"{parameters}\n"
+        return shown
 
 
 def _recipe_text(path: Path) -> str:
-    """A recipe out of a shard."""
+    """A recipe out of a shard, or another tool's."""
+    from sdjax.pipeline.foreign import described, is_foreign, read_foreign
     from sdjax.pipeline.recipe import KEY, read_recipe
 
+    if is_foreign(path):
+        return described(read_foreign(path))
     recipe = read_recipe(path)
     return f"{recipe.parameters()}\n{KEY}: {recipe.to_json()}\n"
 

@@ -34,6 +34,9 @@ FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 QUALITY = 95  # of WebP and JPEG
 EXIF_FOLDER, DESCRIPTION, COMMENT = 0x8769, 0x010E, 0x9286
+GRAPHS = (0x0110, 0x010F)
+"""EXIF's Model and Make, where ComfyUI puts its graphs in WebP files, as "prompt:{...}" and "workflow:{...}"."""
+
 COMMENT_CODE = b"UNICODE\0"  # EXIF 2.3, section 4.6.5: the code of the text that follows
 FIRST: tuple[str, ...] = (
     "prompt",
@@ -284,7 +287,7 @@ def refuse_foreign(path: Path) -> None:
 def has_recipe(path: Path) -> bool:
     """Whether a file is a picture with a recipe of ours."""
     try:
-        return KEY in _texts(path)
+        return KEY in texts_of(path)
     except (OSError, ValueError):
         return False
 
@@ -299,7 +302,7 @@ def read_recipe(path: str | Path, kind: type[Request] = Request) -> Recipe:
     if path.suffix.lower() == ".json" and path.is_file():
         texts = {KEY: path.read_text("utf-8", "replace")}
     else:
-        texts = _texts(path)
+        texts = texts_of(path)
     if KEY not in texts:
         raise ValueError(f"{path}: no recipe of sdjax in this picture; it was made, or saved again, by something else")
     try:
@@ -310,15 +313,16 @@ def read_recipe(path: str | Path, kind: type[Request] = Request) -> Recipe:
 
 def read_parameters(path: str | Path) -> str | None:
     """The "parameters" text of a picture by any tool, or None. Errors as `read_recipe`."""
-    return _texts(Path(path)).get("parameters")
+    return texts_of(path).get("parameters")
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """The texts of a PNG by their names; of other kinds the two that `encoded` writes into EXIF.
+def texts_of(path: str | Path) -> dict[str, str]:
+    """The texts in a picture by any tool, by their names: of a PNG all, of other kinds those in EXIF that are known.
 
     Raises:
         FileNotFoundError: no such file. ValueError: no picture, or one whose texts cannot be read.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such picture file")
     try:
@@ -336,7 +340,7 @@ def _texts(path: Path) -> dict[str, str]:
 
 
 def _exif_texts(image: Image.Image) -> dict[str, str]:
-    """UserComment as "parameters", and our own recipe from ImageDescription; what is odd in EXIF is passed over."""
+    """UserComment as "parameters", our own recipe, ComfyUI's graphs; what is odd in EXIF is passed over."""
     texts: dict[str, str] = {}
     try:
         exif = image.getexif()
@@ -348,6 +352,10 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
         texts["parameters"] = parameters
     if isinstance(description, str) and description.startswith(f"{KEY}: "):
         texts[KEY] = description.removeprefix(f"{KEY}: ")
+    for tag in GRAPHS:
+        name, colon, graph = str(exif.get(tag, "")).partition(":")
+        if colon and name.lower() in ("prompt", "workflow"):
+            texts[name.lower()] = graph.strip("\0")
     return texts
 
 
