@@ -142,8 +142,9 @@ class RecipeBase:
         said: dict[str, Any] = {}
         for name, known in self.settings.items():
             value = getattr(self, name)
-            if known.label is not None and value is not None:
-                said[known.label] = known.shown(value)
+            shown = None if value is None or known.label is None else known.shown(value)
+            if shown is not None:
+                said[str(known.label)] = shown
         said = {label: said.pop(label) for label in LABELS if label in said} | said
         said |= {"Size": f"{self.width}x{self.height}", "Model": Path(self.model).name or "built-in"}
         for label, files in (("Lora hashes", self.adapters), ("TI hashes", self.embeddings)):
