@@ -21,6 +21,7 @@ import numpy as np
 
 from sdjax.config import ModelConfig, SamplingConfig
 from sdjax.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, nearest_sampler, nearest_spacing, sampler_of, spacing_of
+from sdjax.diffusion.noise import SOURCES
 from sdjax.diffusion.plan import Plan, make_plan
 from sdjax.diffusion.samplers import CHURN, SAMPLERS
 from sdjax.diffusion.spacings import RHO, SPACINGS
@@ -33,8 +34,8 @@ from sdjax.types import Array
 BATCH = 8
 """Pictures made at once on each device; longer requests are worked through in batches of this size."""
 
-NOISES = ("jax", "torch")
-"""Where the initial noise may come from."""
+NOISES = tuple(SOURCES)
+"""Where a seed's noise may come from."""
 
 STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 """How much of a picture is changed when nothing is said."""
@@ -53,6 +54,8 @@ SEEDS = 2**32
 
 TASKS = ("txt2img", "img2img", "inpaint")
 WITH_PICTURE = ("img2img", "inpaint")
+RANDOM = ("seed", "variation_seed")
+"""Settings of which -1 stands for a random one."""
 
 SIDES = {"left": "left", "right": "right", "top": "top", "bottom": "bottom", "up": "top", "down": "bottom"}
 """Sides of a picture, by the names that are understood."""
@@ -95,6 +98,11 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) or (hasattr(value, "shape") and len(value.shape) == 2)
 
 
+def _is_size(value: Any) -> bool:
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value) if isinstance(value, str) else None
+    return match is not None and max(int(match[1]), int(match[2])) <= LARGEST_SIDE
+
+
 def _are_loras(value: Any) -> bool:
     return isinstance(value, tuple | list) and all(isinstance(text, str) and text.strip() for text in value)
 
@@ -112,7 +120,7 @@ class Setting(NamedTuple):
     in_lines: its name in job lines; None: it has none.
     aliases: names of other tools that mean exactly the same, and are accepted.
     similar: names of other tools that are refused with the name used here.
-    label: its name in the "parameters" text that other tools read, and shown: its value there.
+    label: its name in the "parameters" text that other tools read, and shown: its value there; None: left out.
     in_plan: whether the sampler's rows depend on it.
     nearest: what of it comes nearest to a text that is none, for errors.
     """
@@ -154,8 +162,9 @@ def _documented(kind: Kind) -> Kind:
     @functools.wraps(made)
     def construct(self: Any, *arguments: Any, **named: Any) -> None:
         made(self, *arguments, **ours(named, kind))
-        if is_int(self.seed, -1, -1):
-            object.__setattr__(self, "seed", random_seed())  # as `dataclasses` sets fields of frozen classes
+        for name in RANDOM:
+            if is_int(getattr(self, name), -1, -1):
+                object.__setattr__(self, name, random_seed())  # as `dataclasses` sets fields of frozen classes
 
     kind.__init__ = construct  # type: ignore[misc]
     lines = [
@@ -172,7 +181,7 @@ class Request:
     """One picture that is asked for; None stands for the model's own default (`config.sampling`).
 
     Names of other tools that mean the same are accepted, too, such as guidance_scale, num_inference_steps, and
-    "DPM++ 2M Karras" for a sampler with its spacing. A seed of -1 is replaced by a random one.
+    "DPM++ 2M Karras" for a sampler with its spacing. A seed or variation_seed of -1 is replaced by a random one.
     """
 
     prompt: str | np.ndarray = setting(
@@ -223,6 +232,42 @@ class Request:
         metavar="N",
         similar=("random_seed", "noise_seed", "seeds"),
         label="Seed",
+    )
+    variation_seed: int | None = setting(
+        None,
+        kind="int",
+        expected="a whole number in [0, 2^32), or -1 for a random one",
+        accepts=lambda value: is_int(value, 0, SEEDS - 1),
+        help="the seed that a variation of the picture leans towards; with count it counts up, and seed stays",
+        usual="none",
+        metavar="N",
+        aliases=("subseed",),
+        similar=("variation_seeds", "variations_seed", "sub_seed"),
+        label="Variation seed",
+    )
+    variation_strength: float = setting(
+        0.0,
+        kind="float",
+        expected="in [0, 1]",
+        accepts=lambda value: is_real(value, 0, 1),
+        help="how far: 0 the noise of seed, 1 that of variation_seed, between them on the sphere",
+        usual="0",
+        metavar="X",
+        aliases=("subseed_strength",),
+        similar=("variation", "variation_amount", "variations"),
+        label="Variation seed strength",
+        shown=lambda value: value or None,
+    )
+    seed_size: str | None = setting(
+        None,
+        kind="text",
+        expected=f"WIDTHxHEIGHT such as 512x768, in pixels, up to {LARGEST_SIDE}",
+        accepts=_is_size,
+        help="the size of the picture whose noise is put in the middle of this one's",
+        usual="its own size",
+        metavar="WxH",
+        similar=("seed_resize_from", "seed_resize_from_w", "seed_resize_from_h", "seed_resize"),
+        label="Seed resize from",
     )
     steps: int | None = setting(
         None,
@@ -613,7 +658,7 @@ class Request:
         kind="noise",
         expected=f"one of {', '.join(NOISES)}, or an array",
         accepts=lambda value: not isinstance(value, str) or value in NOISES,
-        help="where seeds' noise comes from: jax, or torch as diffusers draws it on a CPU",
+        help="where seeds' noise comes from: jax, torch as on a CPU, torch-cuda as on NVIDIA GPUs",
         usual="jax",
         metavar="|".join(NOISES),
     )
@@ -684,9 +729,27 @@ def check_positive(**numbers: Any) -> None:
         need(is_int(number, 1), name, "a whole number above 0", number)
 
 
-def check_seeds(seed: Any, count: int) -> None:
-    """Raises ValueError unless seed, seed + 1, ... are `count` seeds."""
-    need(is_int(seed, 0, SEEDS - count), "seed", "a whole number in [0, 2^32 - count]", seed)
+def counted(values: Mapping[str, Any]) -> str:
+    """The setting that counts up over the pictures of a request: seed, or variation_seed where that has a strength."""
+    return "variation_seed" if values.get("variation_strength") else "seed"
+
+
+def check_seeds(values: Mapping[str, Any], count: int) -> None:
+    """Raises ValueError unless there are `count` seeds from the one that is counted up. values: settings by name."""
+    _check_variation(values)
+    name = counted(values)
+    seed = values.get(name, 0)
+    need(is_int(seed, 0, SEEDS - count), name, "a whole number in [0, 2^32 - count]", seed)
+
+
+def _check_variation(values: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what is said of a variation, and of the noise of another size, goes together."""
+    strength, seed_size, noise = (values.get(name) for name in ("variation_strength", "seed_size", "noise"))
+    if strength and values.get("variation_seed") is None:
+        raise ValueError("variation_strength needs a variation_seed: a whole number, or -1 for a random one")
+    if noise is not None and not isinstance(noise, str) and (strength or seed_size is not None):
+        name = "variation_strength" if strength else "seed_size"
+        raise ValueError(f"{name} is for the noise of seeds, and noise is given as an array; leave one of them out")
 
 
 def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -> None:
@@ -706,6 +769,7 @@ def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -
                 need(all(map(is_storable, texts)), name, expected, value)
     _check_sampler(values)
     _check_hires(values)
+    _check_variation(values)
 
 
 def _check_hires(values: Mapping[str, Any]) -> None:
@@ -788,6 +852,8 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
                 check_request(second.request, config, name)
         except ValueError as error:
             raise ValueError(f"in the second pass {error}") from None
+    if request.seed_size is not None and any(side % config.vae.downscale for side in parse_size(request.seed_size)):
+        raise ValueError(f"seed_size must be multiples of {config.vae.downscale}, found {request.seed_size}")
     return resolved
 
 
@@ -928,6 +994,20 @@ def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None
     return working_size(given, asked=(request.width, request.height), multiple=multiple)
 
 
+def numbered(request: Request, j: int) -> Request:
+    """Picture number j, from 0, of several: with the next seeds, or where it is a variation the next of these."""
+    if not j:
+        return request
+    name = counted(vars(request))
+    return dataclasses.replace(request, **{name: getattr(request, name) + j})
+
+
+def seeds_of(request: Request) -> str:
+    """What tells the pictures of a request apart in names of files: "SEED", or "SEED-VARIATION" for variations."""
+    seed = f"{request.seed}"
+    return f"{seed}-{request.variation_seed}" if request.variation_strength else seed
+
+
 def requests_for(
     prompts: str | np.ndarray | Sequence[str | np.ndarray],
     *,
@@ -935,7 +1015,7 @@ def requests_for(
     noise: str | Array | np.ndarray = "jax",
     **named: Any,
 ) -> list[Request]:
-    """A request for each prompt and each of `count` seeds: seed, seed + 1, ...
+    """A request for each prompt and each of `count` seeds: seed, seed + 1, ..., or of as many variations (`numbered`).
 
     noise: as in `Request`, or an array f32[b, h, w, c] with a row for each.
     named: the other settings, by any of their names.
@@ -948,17 +1028,17 @@ def requests_for(
     need(good, "prompt", "a string, or a list of at least one string", prompts)
     check_positive(count=count)
     shared = ours(named)
-    seed = shared.pop("seed", 0)
-    if is_int(seed, -1, -1):
-        seed = random_seed(count)
-        warnings.warn(f"seed -1 stands for a random one, which is {seed}", stacklevel=4)
-    check_seeds(seed, count)
+    for name in RANDOM:
+        if is_int(shared.get(name), -1, -1):
+            shared[name] = random_seed(count)
+            warnings.warn(f"{name} -1 stands for a random one, which is {shared[name]}", stacklevel=4)
+    check_seeds({**shared, "noise": noise}, count)
     total = len(texts) * count
     if not isinstance(noise, str) and (np.ndim(noise) != 4 or len(noise) != total):
         raise ValueError(f"noise must have the shape ({total}, h, w, c), found {np.shape(noise)}")
     noises: list[Any] = [noise] * total if isinstance(noise, str) else list(noise)
     return [
-        Request(text, seed=seed + j, noise=noises[i * count + j], **shared)
+        numbered(Request(text, noise=noises[i * count + j], **shared), j)
         for i, text in enumerate(texts)
         for j in range(count)
     ]

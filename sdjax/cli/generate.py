@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,15 +17,18 @@ from sdjax.config import ModelConfig
 from sdjax.hints import hint
 from sdjax.request import (
     BATCH,
+    RANDOM,
     Request,
     check_request,
     check_seeds,
     check_values,
+    numbered,
     ours,
     parse_sides,
     parse_size,
     random_seed,
     second_pass,
+    seeds_of,
     settings,
 )
 from sdjax.storage.files import refuse_long_names, refuse_unwritable
@@ -58,13 +61,14 @@ def generate(options: argparse.Namespace) -> int:
         if options.task in settings()[name].tasks and not may_lack:
             hashes[name] = _checked_file(name, given, file_hash)
             values[name] = hashes[name][0]
-    if values["seed"] == -1:
-        values["seed"] = random_seed(count)
+    for name in RANDOM:
+        if values[name] == -1:
+            values[name] = random_seed(count)
     check_values(values, options.request)
-    check_seeds(values["seed"], count)
+    check_seeds(values, count)
     first = options.request(**values)
-    requests = [dataclasses.replace(first, seed=first.seed + j) for j in range(count)]
-    output = Output(options.output, first.prompt, range(first.seed, first.seed + count))
+    requests = [numbered(first, j) for j in range(count)]
+    output = Output(options.output, first.prompt, [seeds_of(request) for request in requests])
     output.check()
     model, dtype = asked.model, asked.dtype
     _tell_other_model(asked.foreign, model)
@@ -103,7 +107,7 @@ def generate(options: argparse.Namespace) -> int:
         making = pipe.batch(requests, batch_size=at_once, progress=progress, live_adapters=False)
         for request, picture in making:
             said = dict(model=model, dtype=dtype, conversion=conversion, **hashes, **pipe.files_of(request))
-            path = output.path(request.seed)
+            path = output.path(seeds_of(request))
             recipe = recipe_of(request, pipe.config.sampling, picture, image_size=pipe.config.image_size, **said)
             save_picture(path, picture, recipe)
             print(path)
@@ -114,20 +118,21 @@ def generate(options: argparse.Namespace) -> int:
 class Output:
     """Where the pictures of a prompt and some seeds go: one file, files with the seed in their name, or a folder.
 
+    seeds: of each picture, as names have it (`seeds_of`).
     given: as the user wrote it. A folder that is there is one whatever it is called, and so is what ends in a slash or
     has no ending.
     """
 
     given: str
     prompt: str
-    seeds: range
+    seeds: Sequence[int | str]
 
     @property
     def is_folder(self) -> bool:
         slash = self.given.endswith(("/", os.sep))
         return slash or Path(self.given).is_dir() or not Path(self.given).suffix
 
-    def path(self, seed: int) -> Path:
+    def path(self, seed: int | str) -> Path:
         output = Path(self.given)
         if self.is_folder:
             return output / f"{_slug(self.prompt)}-{seed}.png"

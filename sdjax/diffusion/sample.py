@@ -10,7 +10,8 @@ constant in it. One with a method `held(params, given, held, index)` keeps what 
 `State.held`, and is called with it: `make_denoiser(params, given, held, index)`.
 
 Randomness: picture i has a key of its own, made from its own seed. Its initial noise comes from fold_in(key, 0), the
-noise of row j from fold_in(key, j + 1): nothing depends on the batch that the picture is made in.
+noise of row j from fold_in(key, j + 1): nothing depends on the batch that the picture is made in. Where a `State` has
+`noises`, row j takes what was drawn for it beforehand (`sdjax.diffusion.noise`), and the key is not used.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class State(NamedTuple):
     key: key[b], the source of each picture's randomness.
     given: what its denoiser sees besides, a pytree of f[b, ...] (`Conditioning`).
     held: what it keeps from row to row, such as keys and values of the texts; None where it keeps nothing.
+    noises: f32[b, s, h, w, c], the unit normal noise of each row, drawn beforehand; None: drawn from the keys.
     """
 
     carry: Carry
@@ -51,11 +53,14 @@ class State(NamedTuple):
     key: Array
     given: Any
     held: Any = None
+    noises: Any = None
 
 
-def first_state(rows: Rows, calls: Any, x: Latent, key: Array, given: Any, held: Any = None) -> State:
+def first_state(
+    rows: Rows, calls: Any, x: Latent, key: Array, given: Any, held: Any = None, noises: Any = None
+) -> State:
     """The state before the first row; x: f32[b, h, w, c] at the first row's level, in sigma space."""
-    return State(first_carry(x), jnp.zeros(len(x), jnp.int32), rows, calls, key, given, held)
+    return State(first_carry(x), jnp.zeros(len(x), jnp.int32), rows, calls, key, given, held, noises)
 
 
 def image_keys(seeds: Any) -> Array:
@@ -101,13 +106,16 @@ def at_rows(table: Any, index: Array) -> Any:
 def sample_step(make_denoiser: MakeDenoiser, params: Any, state: State) -> State:
     """One row of every picture's own sampler; a picture that is finished stays as it is."""
     carry, index, held = state.carry, state.index, state.held
-    noise = draw(state.key, 1 + index, carry.x.shape[1:]).astype(carry.x.dtype)
+    if state.noises is None:
+        noise = draw(state.key, 1 + index, carry.x.shape[1:])
+    else:
+        noise = at_rows(state.noises, index)
     if hasattr(make_denoiser, "held"):
         held = make_denoiser.held(params, state.given, held, index)
         denoise = make_denoiser(params, state.given, held, index)
     else:
         denoise = make_denoiser(params, state.given, index)
-    after = step(denoise, carry, at_rows(state.rows, index), noise)
+    after = step(denoise, carry, at_rows(state.rows, index), noise.astype(carry.x.dtype))
     running = index < state.calls
     kept = jax.tree.map(lambda new, old: jnp.where(per_image(running, new), new, old), after, carry)
     return state._replace(carry=kept, index=index + running, held=held)
@@ -120,7 +128,8 @@ def sample(make_denoiser: MakeDenoiser, params: Any, state: State, ticks: Any = 
     without a call of the network, so that one program serves every number of steps up to s. Pure and traceable: call it
     inside your own jit, and differentiate through it.
     """
-    state = state._replace(rows=jax.tree.map(jnp.asarray, state.rows), calls=jnp.asarray(state.calls))
+    rows, noises = jax.tree.map(jnp.asarray, (state.rows, state.noises))
+    state = state._replace(rows=rows, noises=noises, calls=jnp.asarray(state.calls))
 
     def one(moving: tuple[Carry, Array, Any], tick: Array) -> tuple[tuple[Carry, Array, Any], None]:
         def run(moving: tuple[Carry, Array, Any]) -> tuple[Carry, Array, Any]:

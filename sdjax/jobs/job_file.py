@@ -24,10 +24,12 @@ from PIL import Image
 
 from sdjax.config import SamplingConfig
 from sdjax.diffusion.plan import calls_of, row_bound
+from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.image import LARGEST_SIDE
 from sdjax.jobs.forms import Known, entries
 from sdjax.jobs.processes import Share
 from sdjax.request import (
+    RANDOM,
     SEEDS,
     Request,
     check_mask_settings,
@@ -35,9 +37,11 @@ from sdjax.request import (
     check_seeds,
     check_values,
     need,
+    numbered,
     ours,
     parse_sides,
     parse_size,
+    seeds_of,
     with_defaults,
 )
 from sdjax.storage.files import json_line
@@ -52,7 +56,7 @@ SHOWN = 300
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a job: `count` pictures, of seeds seed, seed + 1, ... number: where it stands in its file, from 1."""
+    """One line of a job: `count` pictures (`numbered`). number: where it stands in its file, from 1."""
 
     number: int
     id: str
@@ -61,7 +65,7 @@ class Line:
 
     def name(self, j: int) -> str:
         """The id of its picture number j, from 0."""
-        return self.id if self.count == 1 else f"{self.id}-{self.request.seed + j}"
+        return self.id if self.count == 1 else f"{self.id}-{seeds_of(numbered(self.request, j))}"
 
 
 class Rejected(NamedTuple):
@@ -128,8 +132,8 @@ class _Names:
         """Whether the ids of a line were free; they are taken then."""
         name = line.id.lower() if self.ignores_case else line.id
         if line.count > 1:
-            start = line.request.seed
-            return self._take_range(name, start, start + line.count)
+            stem, _, first = f"{name}-{seeds_of(line.request)}".rpartition("-")  # the last number counts up
+            return self._take_range(stem, int(first), int(first) + line.count)
         if match := re.fullmatch(r"(.+)-(0|[1-9]\d*)", name):
             stem, number = match[1], int(match[2])
             numbers = self.numbered.setdefault(stem, set())
@@ -206,12 +210,13 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
     if isinstance(count, int) and count > LINE_PICTURES:
         raise ValueError(f"count must be {LINE_PICTURES:,} at most, found {count}; divide the line")
     check_positive(count=count)
-    if fields.get("seed") == -1 and not isinstance(fields["seed"], bool):
-        fields["seed"] = _seed_of(number, fields, count)
+    for seed in RANDOM:
+        if fields.get(seed) == -1:
+            fields[seed] = _seed_of(number, fields, count)
     fields = ours(fields, kind)
     check_values(fields, kind)
     check_mask_settings({**fields, "image": image, "mask": mask}, "an init_image")
-    check_seeds(fields.get("seed", 0), count)
+    check_seeds(fields, count)
     if "guidance_interval" in fields:
         fields["guidance_interval"] = tuple(fields["guidance_interval"])
     return Line(number, name, count, kind(**fields, image=image, mask=mask, id=name))
@@ -320,7 +325,8 @@ def _adapters(request: Request) -> tuple[str, ...]:
 
 def _shape(request: Request) -> tuple[Any, ...]:
     """What must be equal for requests to share a batch, as far as it shows without the model: size, "region" (of a
-    mask, in a size that the model decides) or "unreadable", clip_skip, and the UNet calls, rounded up.
+    mask, in a size that the model decides) or "unreadable", clip_skip, the UNet calls, rounded up, and whether the
+    noise that the sampler adds is drawn beforehand.
     """
     size: Any = (request.width, request.height)
     if size == (None, None) and request.only_masked is not None:
@@ -334,4 +340,6 @@ def _shape(request: Request) -> tuple[Any, ...]:
             size = "unreadable"  # named when it is its turn
     assert request.steps is not None
     assert request.sampler is not None
-    return size, request.clip_skip, row_bound(calls_of(request.sampler, request.steps))
+    adds = request.eta > 0 if request.eta is not None else SAMPLERS[request.sampler].stochastic
+    rows = row_bound(calls_of(request.sampler, request.steps))
+    return size, request.clip_skip, rows, adds and request.noise != "jax"

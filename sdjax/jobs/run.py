@@ -39,7 +39,7 @@ from sdjax.jobs.outputs import Files, Manifest, Shards, append
 from sdjax.jobs.processes import ALONE, Share
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.recipe import Recipe, encoded, file_hash, recipe_of
-from sdjax.request import BATCH, Request
+from sdjax.request import BATCH, Request, numbered
 from sdjax.storage.cache import signature
 from sdjax.storage.files import flush, json_line, move, new_file, refuse_long_names, refuse_unwritable
 
@@ -296,7 +296,7 @@ def run(
                     index, line = its_line, job.line(its_line)
                 j = picture - int(job.first[index])
                 places[line.name(j)] = picture, line.number
-                yield dataclasses.replace(line.request, seed=line.request.seed + j, id=line.name(j))
+                yield dataclasses.replace(numbered(line.request, j), id=line.name(j))
 
         def fail(request: Request, error: Exception) -> None:
             nonlocal failed
@@ -353,13 +353,14 @@ def described(
     own, shares = pipe.config.image_size, pipe.placement.data_parallel
     at_once, each = batch * shares, " on each device" if shares * pipe.placement.model_parallel > 1 else ""
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.params)) // pipe.placement.model_parallel
-    for (size, clip_skip, rows), pictures in job.shapes.items():
+    for (size, clip_skip, rows, drawn), pictures in job.shapes.items():
         if size == "unreadable":
             lines.append(f"  unreadable init_image: {pictures} pictures")
             continue
         what, shared = ("masked regions of about ", " for each shape") if size == "region" else ("", "")
         width, height = (own if side is None else side for side in ((own, own) if shared else size))
         skipped = f", clip_skip {clip_skip}" if clip_skip else ""
+        skipped += ", PyTorch's noise in every step" if drawn else ""
         memory = (parameters + working_set(pipe, width, height, batch)) / 1e9
         lines.append(
             f"  {what}{width}x{height}{skipped}, up to {rows} UNet calls: {pictures} pictures in "

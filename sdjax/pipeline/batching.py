@@ -20,7 +20,7 @@ from sdjax.devices.platform import pinned
 from sdjax.diffusion.plan import stack_plans
 from sdjax.diffusion.rows import Carry, Rows
 from sdjax.diffusion.sample import State, image_keys
-from sdjax.pipeline.prepare import Prepared, initial_noise_of
+from sdjax.pipeline.prepare import Prepared, noise_of
 from sdjax.pipeline.programs import Programs, to_bytes
 from sdjax.text.prompt import Prompts
 from sdjax.types import Array, Conditioning, Latent, Params
@@ -44,6 +44,7 @@ class Arguments(NamedTuple):
     sigma: f32[b], the level to start at; pure: bool[b], whether from noise alone.
     known, concat: f32[b, h, w, ...], as `Conditioning`. mask: f32[b, h, w, 1], where to start from noise; held: the
     same, where the known region is held at every step (for a model that sees the mask, nowhere).
+    noises: f32[b, s, h, w, c], what each row adds; None: drawn from the keys (`State`).
     """
 
     prompts: Prompts
@@ -59,6 +60,7 @@ class Arguments(NamedTuple):
     mask: Any
     held: Any
     concat: Any
+    noises: Any = None
 
 
 def assemble(prepared: Sequence[Prepared], config: ModelConfig, *, uniform: bool = False) -> Arguments:
@@ -67,9 +69,10 @@ def assemble(prepared: Sequence[Prepared], config: ModelConfig, *, uniform: bool
     known, mask, concat = (
         _joined([getattr(one.source, name) for one in prepared]) for name in ("known", "mask", "concat")
     )
-    given = [initial_noise_of(one) for one in prepared]
+    given = {id(one): noise_of(one) for one in prepared}  # once for all copies of a picture that fill up a batch
+    first, added = zip(*(given[id(one)] for one in prepared), strict=True)
     noise = np.zeros(known.shape, np.float32)
-    for row, own in zip(noise, given, strict=True):
+    for row, own in zip(noise, first, strict=True):
         row[:] = 0 if own is None else own
     return Arguments(
         prompts=_stacked([one.prompts for one in prepared], uniform=uniform),
@@ -78,13 +81,14 @@ def assemble(prepared: Sequence[Prepared], config: ModelConfig, *, uniform: bool
         calls=calls,
         key=image_keys([one.request.seed for one in prepared]),
         noise=noise,
-        drawn=np.array([own is None for own in given]),
+        drawn=np.array([own is None for own in first]),
         sigma=np.array([one.plan.sigma for one in prepared], np.float32),
         pure=np.array([one.pure for one in prepared]),
         known=known,
         mask=_at_start(mask, rows),
         held=np.ones(mask.shape, np.float32) if config.unet.in_channels == 9 else mask,
         concat=concat,
+        noises=None if added[0] is None else np.stack(added),
     )
 
 
@@ -118,7 +122,8 @@ def initial(initial_latents: Callable[..., T], batch: Arguments) -> T:
 def state_of(batch: Arguments, carry: Carry, given: tuple[Conditioning, Any]) -> State:
     """The state before the first step. given: what a `condition` program made."""
     conditioning, kv = given
-    return State(carry, np.zeros(len(batch.calls), np.int32), batch.rows, batch.calls, batch.key, conditioning, kv)
+    index = np.zeros(len(batch.calls), np.int32)
+    return State(carry, index, batch.rows, batch.calls, batch.key, conditioning, kv, batch.noises)
 
 
 def _joined(arrays: list[Any]) -> Any:

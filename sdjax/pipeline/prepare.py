@@ -11,14 +11,14 @@ from PIL import Image
 
 from sdjax import image as images
 from sdjax.config import ModelConfig
+from sdjax.diffusion.noise import picture_noise
 from sdjax.diffusion.plan import Plan, calls_per_step
-from sdjax.diffusion.torch_noise import torch_noise
 from sdjax.diffusion.upscale import PICTURE_UPSCALERS, upscaled_latents, upscaled_picture
 from sdjax.models.adapters import NO_GATES
 from sdjax.pipeline.adapters import Adapted, Weights
 from sdjax.pipeline.functions import inpainting_channels
 from sdjax.pipeline.pixels import pixels_of
-from sdjax.request import Request, check_request, plan, second_pass, with_defaults
+from sdjax.request import Request, check_request, parse_size, plan, second_pass, with_defaults
 from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of
 
 SOURCES = 64
@@ -58,6 +58,7 @@ class Prepared(NamedTuple):
     weights: the adapters that it shares parameters or a batch by; None without.
     gates: f[sections, R], its weights of their ranks.
     pure: whether it starts from noise alone.
+    adds: bool[s], the rows for which noise is drawn on the host (`noise_of`); None: the program draws what it adds.
     shape: requests with equal ones can run together.
     second: the second pass of hires-fix, which starts from what this one makes; None: this is the last.
     origin: the request that it is of, where `request` is its second pass; None: `request` itself.
@@ -70,6 +71,7 @@ class Prepared(NamedTuple):
     weights: Weights | None
     gates: np.ndarray
     pure: bool
+    adds: np.ndarray | None
     shape: tuple[Any, ...]
     second: Second | None = None
     origin: Request | None = None
@@ -175,10 +177,10 @@ def _prepared(
         width=config.clip.width,
     )
     planned, (weights, gates, _) = steered(planned, prompts), adapted
-    shape = (source.size, request.clip_skip, len(planned.rows.scale), *shape_of(prompts), weights)
-    return Prepared(
-        request, planned, source, prompts, weights, gates, request.image is None or full.strength == 1, shape
-    )
+    adds, pure = _adds(request, planned), request.image is None or full.strength == 1
+    rows = len(planned.rows.scale)
+    shape = (source.size, request.clip_skip, rows, 0 if adds is None else rows, *shape_of(prompts), weights)
+    return Prepared(request, planned, source, prompts, weights, gates, pure, adds, shape)
 
 
 def readings(
@@ -243,15 +245,30 @@ def steered(planned: Plan, prompts: Prompts) -> Plan:
     return planned._replace(rows=planned.rows._replace(levels=levels))
 
 
-def initial_noise_of(one: Prepared) -> Any:
-    """Unit normal noise f32[h, w, c] that does not come from JAX: the request's own, PyTorch's, or None."""
+def _adds(request: Request, planned: Plan) -> np.ndarray | None:
+    """bool[s], the rows that add noise which is drawn on the host; None where there are none, or the program draws."""
+    adds = planned.rows.noise != 0
+    return adds if isinstance(request.noise, str) and request.noise != "jax" and adds.any() else None
+
+
+def noise_of(one: Prepared) -> tuple[Any, np.ndarray | None]:
+    """Unit normal noise f32[h, w, c] to start from, and f32[s, h, w, c] that the rows add; None: the program draws."""
     request = one.request
     if not isinstance(request.noise, str):
-        return request.noise
-    if request.noise == "jax":
-        return None
-    height, width, channels = one.source.known.shape[1:]
-    return torch_noise(request.seed, (channels, height, width)).transpose(1, 2, 0)
+        return request.noise, None
+    if request.noise == "jax" and not request.variation_strength and request.seed_size is None:
+        return None, None
+    of_size = None
+    if request.seed_size is not None:
+        cell = one.source.size[0] // one.source.known.shape[2]  # pixels per cell
+        width, height = parse_size(request.seed_size)
+        of_size = height // cell, width // cell
+    variation = None
+    if request.variation_strength:
+        assert request.variation_seed is not None
+        variation = request.variation_seed, request.variation_strength
+    shape = one.source.known.shape[1:]
+    return picture_noise(request.noise, request.seed, shape, variation=variation, of_size=of_size, adds=one.adds)
 
 
 def _source(request: Request, config: ModelConfig, encode: Callable[[np.ndarray], Any]) -> Source:

@@ -149,8 +149,10 @@ class RecipeBase:
         for name, known in self.settings.items():
             value = getattr(self, name)
             usual = self.__dataclass_fields__[name].default
-            if known.label is not None and value is not None and (known.label in LABELS or value != usual):
-                said[known.label] = known.shown(value)
+            if known.label is None or value is None or (known.label not in LABELS and value == usual):
+                continue
+            if (shown := known.shown(value)) is not None:
+                said[known.label] = shown
         said = {label: said.pop(label) for label in LABELS if label in said} | said
         said |= {"Size": f"{self.width}x{self.height}", "Model": Path(self.model).name or "built-in"}
         for label, files in (("Lora hashes", self.adapters), ("TI hashes", self.embeddings)):
