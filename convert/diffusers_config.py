@@ -350,7 +350,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 def _schedule_config(path: Path, kind: str | None, notes: list[str]) -> ScheduleConfig:
     """kind: the scheduler's class, of which the usual values are; None if only the file says it."""
-    kind = kind or str(read_json(path).get("_class_name", "DDIMScheduler")).removeprefix("Flax")
+    kind = (kind or str(read_json(path).get("_class_name", "DDIMScheduler"))).removeprefix("Flax")
     if kind not in SCHEDULERS:
         raise CheckpointError(
             f"{path}: the scheduler {_short.repr(kind)} is not supported; expected one of diffusion with betas"
