@@ -69,12 +69,12 @@ def read(
 ) -> Converted:
     """A checkpoint as a parameter tree.
 
-    path: a .ckpt, a .safetensors or a diffusers folder (PyTorch's or Flax'); what it is, is found by its content. vae, text_encoder: files
-    or folders to take these parts from instead. ema: "yes" takes the moving averages of the UNet, "no" the plain
-    weights, "auto" the averages if all are there. prediction: "epsilon" or "v" if the file does not say. dtype:
-    "float32", "bfloat16", "float16", or "keep" for the stored one. config: for a model that is no preset. ignore:
-    patterns (as in fnmatch) of names that may be there unused. report: filled while reading, so that it can be looked
-    at after an error.
+    path: a .ckpt, a .safetensors or a diffusers folder (PyTorch's or Flax'); what it is, is found by its content. vae,
+    text_encoder: files or folders to take these parts from instead. ema: "yes" takes the moving averages of the UNet,
+    "no" the plain weights, "auto" the averages if all are there. prediction: "epsilon" or "v" if the file does not say.
+    dtype: "float32", "bfloat16", "float16", or "keep" for the stored one. config: for a model that is no preset.
+    ignore: patterns (as in fnmatch) of names that may be there unused. report: filled while reading, so that it can be
+    looked at after an error.
 
     Raises:
         FileNotFoundError: no such path. CheckpointError (a ValueError): the file is damaged, unsafe, of another model,
