@@ -16,6 +16,7 @@ from convert.detect import Located, contents, locate
 from convert.diffusers_config import folder_config, read_json, unet_folder
 from convert.files.flax_msgpack import torch_name
 from convert.files.open import open_source
+from convert.files.orbax_tree import is_orbax
 from convert.files.source import CheckpointError, Source
 from convert.names import PARTS, Part
 from sdjax.config import ModelConfig
@@ -183,6 +184,12 @@ def check_folder(path: Path) -> None:
         advice = f"it is a LoRA; give the model that it was made for, and this by {hint('lora', str(path))}"
     elif (path.parent / "model_index.json").is_file():
         advice = f"it is a part of {path.parent}; give that one"
+    elif is_orbax(path):
+        raise CheckpointError(
+            f"{path}: an Orbax checkpoint of another program, which holds {_few(there)}; of those, maxdiffusion's of "
+            "Stable Diffusion 1.x and 2.x are read; save the model there as a diffusers folder (save_pretrained), and "
+            "give that"
+        )
     elif whole:
         advice = f"give the file itself, such as {path / whole[0]}"
     else:

@@ -6,6 +6,7 @@ The names and the entries of the JSON files are those that diffusers 0.31 and tr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +18,27 @@ import flax.traverse_util
 import numpy as np
 
 from convert.files.open import open_source
+from sdjax.config import ScheduleConfig
 from tests.checkpoint_files import to_torch
+from tests.small import MINI
+
+MODEL = dataclasses.replace(
+    MINI,
+    name="flax",
+    text=(dataclasses.replace(MINI.clip, vocab_size=49408, pad_token=49407),),
+    vae=dataclasses.replace(MINI.vae, channels=(32, 64), groups=32),
+    unet=dataclasses.replace(MINI.unet, channels=(32, 64), transformer_layers=(1, 0), heads=(2, 2), groups=32),
+)
+"""With the 32 groups that the Flax UNet always has."""
+
+LINEAR = dataclasses.replace(
+    MODEL,
+    name="flax-2",
+    text=(dataclasses.replace(MODEL.clip, activation="gelu", pad_token=0),),
+    unet=dataclasses.replace(MODEL.unet, linear_projection=True),
+    schedule=ScheduleConfig(prediction="v"),
+)
+"""The same in the manner of Stable Diffusion 2."""
 
 WEIGHTS = {
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_flax_model.msgpack"),

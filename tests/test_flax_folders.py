@@ -26,29 +26,10 @@ from convert.files.open import open_source
 from convert.files.source import CheckpointError
 from convert.names import entries
 from convert.write import write_diffusers
-from sdjax.config import SD15, SD21, ScheduleConfig
+from sdjax.config import SD15, SD21
 from sdjax.models.params import random_params
 from tests.checkpoint_files import CHANGES, FUZZ, MB, damage, peak_memory, refusal, survive
-from tests.flax_files import WEIGHTS, flax_path, flax_tree, make_flax, read_tensors, tree_of, write_tree
-from tests.small import MINI
-
-MODEL = dataclasses.replace(
-    MINI,
-    name="flax",
-    text=(dataclasses.replace(MINI.clip, vocab_size=49408, pad_token=49407),),
-    vae=dataclasses.replace(MINI.vae, channels=(32, 64), groups=32),
-    unet=dataclasses.replace(MINI.unet, channels=(32, 64), transformer_layers=(1, 0), heads=(2, 2), groups=32),
-)
-"""With the 32 groups that the Flax UNet always has."""
-
-LINEAR = dataclasses.replace(
-    MODEL,
-    name="flax-2",
-    text=(dataclasses.replace(MODEL.clip, activation="gelu", pad_token=0),),
-    unet=dataclasses.replace(MODEL.unet, linear_projection=True),
-    schedule=ScheduleConfig(prediction="v"),
-)
-"""The same in the manner of Stable Diffusion 2."""
+from tests.flax_files import LINEAR, MODEL, WEIGHTS, flax_path, flax_tree, make_flax, read_tensors, tree_of, write_tree
 
 PARTS = {"unet": "unet", "vae": "vae", "text_encoder": "text"}
 UNET = "unet/diffusion_flax_model.msgpack"

@@ -103,7 +103,7 @@ def open_msgpack(path: Path) -> Source:
     places: dict[str, tuple[Array, tuple[int, ...] | None]] = {}
     unusable: dict[str, str] = {}
     for keys, array in arrays.items():
-        name, order = torch_name(keys), _order(keys[-1], len(array.shape))
+        name, order = torch_name(keys), kernel_order(keys[-1], len(array.shape))
         check_name(path, name)
         if name in tensors:
             raise CheckpointError(f"{path}: two tensors are called {name[:60]!a}")
@@ -125,7 +125,7 @@ def open_msgpack(path: Path) -> Source:
     return Source(path, "flax", tensors, read, file.close, skipped, unusable=unusable, begins=begins)
 
 
-def _order(leaf: str, axes: int) -> tuple[int, ...] | None:
+def kernel_order(leaf: str, axes: int) -> tuple[int, ...] | None:
     """The axes of a kernel in PyTorch's order: HWIO to OIHW, [in, out] to [out, in]; None where they are the same."""
     return {4: (3, 2, 0, 1), 2: (1, 0)}.get(axes) if leaf == "kernel" else None
 
