@@ -55,6 +55,7 @@ def open_checkpoint(
         scheduler=described["scheduler"],
     )
     parts: dict[Part, Located] = {}
+    left_out: dict[str, None] = {}
     for part in (part for part in PARTS if part not in without):
         folder = step / f"{ITEMS[part]}_state"
         if not folder.is_dir():
@@ -64,7 +65,8 @@ def open_checkpoint(
         if part not in found:
             raise CheckpointError(f"{folder}: not the weights of the {ITEMS[part]}, but {contents(source, found)}")
         parts[part] = found[part]
-        if source.skipped:
-            notes.append(f"{folder.name}: left out, as of training: {', '.join(sorted(source.skipped)[:6])}")
+        left_out |= {name: None for name in source.skipped}
     notes.append(f"maxdiffusion's checkpoint of step {step.name}; prompts are read with CLIP's own tokenizer")
+    if left_out:
+        notes.append(f"what is for training on was left out: {', '.join(list(left_out)[:6])}")
     return config, parts, notes

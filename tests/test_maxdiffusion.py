@@ -80,14 +80,14 @@ def test_a_run_gives_the_bits_of_its_parameters(run, inside):
     assert found.config.unet == MODEL.unet
     assert found.config.schedule == MODEL.schedule
     assert found.report.format == "maxdiffusion"
-    assert "unet_state: left out, as of training: opt_state, step" in found.report.notes
+    assert "what is for training on was left out: opt_state, step" in found.report.notes
     assert "maxdiffusion's checkpoint of step 800; prompts are read with CLIP's own tokenizer" in found.report.notes
 
 
 def test_stable_diffusion_2_and_bfloat16_come_through(tmp_path):
     params = jax.tree.map(lambda a: a.astype("bfloat16"), random_params(LINEAR))
     write_diffusers(tmp_path / "model", LINEAR, params)
-    run = write_run(tmp_path / "run", make_flax(tmp_path / "model", "FlaxDDIMScheduler", keep=True))
+    run = write_run(tmp_path / "a run#1", make_flax(tmp_path / "model", "FlaxDDIMScheduler", keep=True))
     found = convert.read(run, dtype="keep")
     assert_same(found.params, convert.read(tmp_path / "model", dtype="keep").params)
     assert found.config.schedule.prediction == "v"
