@@ -65,7 +65,7 @@ def open_checkpoint(
         if part not in found:
             raise CheckpointError(f"{folder}: not the weights of the {ITEMS[part]}, but {contents(source, found)}")
         parts[part] = found[part]
-        left_out |= {name: None for name in source.skipped}
+        left_out |= dict.fromkeys(source.skipped)
     notes.append(f"maxdiffusion's checkpoint of step {step.name}; prompts are read with CLIP's own tokenizer")
     if left_out:
         notes.append(f"what is for training on was left out: {', '.join(list(left_out)[:6])}")
