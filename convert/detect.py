@@ -67,6 +67,7 @@ NOT_NEEDED = (
     (r"(.*\.)?model_ema\..*", "moving averages, not asked for"),
     (r"(.*\.)?(embedding_manager|loss|discriminator|perceptual_loss|lpips)\..*", "training state"),
     (r"(optimizers?(_states?)?|lr_schedulers?|ema_optimizer|grad_scaler|callbacks)\..*", "training state"),
+    (r"opt_state\..*", "training state"),
     (r"(.*\.)?num_batches_tracked$|(global_step|epoch|step|iteration)$", "training state"),
     (r"(.*\.)?(text_projection(\.weight)?|logit_scale)$", "for comparing texts with pictures only"),
     (r"(.*\.)?(vision_model|visual|visual_projection)\..*", "CLIP's image tower"),

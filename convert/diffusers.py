@@ -14,16 +14,27 @@ from pathlib import Path
 from convert import hub
 from convert.detect import Located, contents, locate
 from convert.diffusers_config import folder_config, read_json, unet_folder
+from convert.files.flax_msgpack import torch_name
 from convert.files.open import open_source
+from convert.files.orbax_tree import is_orbax
 from convert.files.source import CheckpointError, Source
 from convert.names import PARTS, Part
 from sdjax.config import ModelConfig
 from sdjax.hints import hint
 
 FOLDERS: dict[Part, str] = {"text": "text_encoder", "vae": "vae", "unet": "unet"}
+NETWORK = {
+    ".safetensors": "diffusion_pytorch_model",
+    ".bin": "diffusion_pytorch_model",
+    ".msgpack": "diffusion_flax_model",
+}
 STEMS: dict[Part, dict[str, str]] = {
-    part: {".safetensors": "diffusion_pytorch_model", ".bin": "diffusion_pytorch_model"} for part in ("unet", "vae")
-} | {"text": {".safetensors": "model", ".bin": "pytorch_model"}}
+    "unet": NETWORK,
+    "vae": NETWORK,
+    "text": {".safetensors": "model", ".bin": "pytorch_model", ".msgpack": "flax_model"},
+}
+"""How weight files are called, those to take first before the others; diffusers' Flax classes wrote .msgpack."""
+
 JSON_FILES = ("model_index.json", "config.json", "scheduler_config.json")
 TOKENIZER_FILES = (
     "vocab.json",
@@ -57,7 +68,7 @@ def joined(index: Path, files: dict[str, Source], weight_map: dict[str, str]) ->
 
 
 def weight_files(names: Iterable[str], part: Part) -> list[str]:
-    """The files that hold a part, the one to read first: .safetensors before .bin, then in the order of `VARIANTS`.
+    """The files that hold a part, the one to read first: in the order of `STEMS`, then of `VARIANTS`.
 
     names: the files of the part's folder. An index stands for its shards.
     """
@@ -123,6 +134,8 @@ def open_part(folder: Path, part: Part, stack: ExitStack, ignore: Sequence[str] 
     name = names[0]
     if name.endswith(".json"):
         weight_map = shard_names(folder / name)
+        if ".msgpack.index" in name:
+            weight_map = {torch_name(tensor.split("/")): file for tensor, file in weight_map.items()}
         opened = {file: stack.enter_context(open_source(folder / file)) for file in dict.fromkeys(weight_map.values())}
         for file, shard in opened.items():
             foreign = [tensor for tensor in shard.tensors if weight_map.get(tensor) != file]
@@ -140,6 +153,9 @@ def open_part(folder: Path, part: Part, stack: ExitStack, ignore: Sequence[str] 
             f"{folder / name}: not the weights of the {FOLDERS[part]}; this file holds {contents(source, parts)}"
         )
     plain = {stem + end for extension, stem in STEMS[part].items() for end in (extension, f"{extension}.index.json")}
+    flax = [other for other in names[1:] if ".msgpack" in other]
+    if name in plain and flax and ".msgpack" not in name:
+        return parts[part], f"{folder.name}: read {name}; Flax' weights were not taken: {', '.join(flax[:3])}"
     if name in plain:
         return parts[part], ""
     left = f"; not taken: {', '.join(names[1:4])}" if len(names) > 1 else ""
@@ -168,6 +184,12 @@ def check_folder(path: Path) -> None:
         advice = f"it is a LoRA; give the model that it was made for, and this by {hint('lora', str(path))}"
     elif (path.parent / "model_index.json").is_file():
         advice = f"it is a part of {path.parent}; give that one"
+    elif is_orbax(path):
+        raise CheckpointError(
+            f"{path}: an Orbax checkpoint of another program, which holds {_few(there)}; of those, maxdiffusion's of "
+            "Stable Diffusion 1.x and 2.x are read; save the model there as a diffusers folder (save_pretrained), and "
+            "give that"
+        )
     elif whole:
         advice = f"give the file itself, such as {path / whole[0]}"
     else:

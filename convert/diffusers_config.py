@@ -350,7 +350,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 def _schedule_config(path: Path, kind: str | None, notes: list[str]) -> ScheduleConfig:
     """kind: the scheduler's class, of which the usual values are; None if only the file says it."""
-    kind = kind or str(read_json(path).get("_class_name", "DDIMScheduler")).removeprefix("Flax")
+    kind = (kind or str(read_json(path).get("_class_name", "DDIMScheduler"))).removeprefix("Flax")
     if kind not in SCHEDULERS:
         raise CheckpointError(
             f"{path}: the scheduler {_short.repr(kind)} is not supported; expected one of diffusion with betas"
@@ -438,21 +438,49 @@ def folder_config(folder: Path, ema: str = "auto") -> tuple[ModelConfig, list[st
     path = folder / "model_index.json"
     index = read_json(path)
     _check_components(path, index, notes)
-    unet = _open(unet_folder(folder, ema) / "config.json", "unet", UNET, notes)
     scheduler = index.get("scheduler")
     kind = scheduler[-1] if isinstance(scheduler, list) and scheduler and isinstance(scheduler[-1], str) else None
-    unet_config, vae_config = _unet_config(unet), _vae_config(folder / "vae" / "config.json", notes)
-    clip = _clip_config(folder / "text_encoder" / "config.json", notes)
-    _check_tokenizer(folder / "tokenizer")
-    pad_token = _pad_token(folder / "tokenizer", clip, notes)
-    clip = clip if pad_token is None else dataclasses.replace(clip, pad_token=pad_token)
-    schedule = _schedule_config(folder / "scheduler" / "scheduler_config.json", kind, notes)
-    size = _sample_size(unet, notes) * vae_config.downscale
-    name = folder.name.encode(errors="replace").decode() or "diffusers"  # file names need not be text
+    config, more = config_from(
+        folder.name.encode(errors="replace").decode() or "diffusers",  # file names need not be text
+        unet=unet_folder(folder, ema) / "config.json",
+        vae=folder / "vae" / "config.json",
+        text=folder / "text_encoder" / "config.json",
+        scheduler=folder / "scheduler" / "scheduler_config.json",
+        tokenizer=folder / "tokenizer",
+        kind=kind,
+    )
+    return config, notes + more
+
+
+def config_from(
+    name: str,
+    *,
+    unet: Path,
+    vae: Path,
+    text: Path,
+    scheduler: Path,
+    tokenizer: Path | None = None,
+    kind: str | None = None,
+) -> tuple[ModelConfig, list[str]]:
+    """The configuration that these JSON files describe, and notes on what in them has no effect.
+
+    name: of the model, if it is no preset. tokenizer: a folder, or None. kind: the scheduler's class; None if only its
+    file says it. Raises as `folder_config`.
+    """
+    notes: list[str] = []
+    fields = _open(unet, "unet", UNET, notes)
+    unet_config, vae_config = _unet_config(fields), _vae_config(vae, notes)
+    clip = _clip_config(text, notes)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer)
+        pad_token = _pad_token(tokenizer, clip, notes)
+        clip = clip if pad_token is None else dataclasses.replace(clip, pad_token=pad_token)
+    schedule = _schedule_config(scheduler, kind, notes)
+    size = _sample_size(fields, notes) * vae_config.downscale
     try:
         config = ModelConfig(name, (clip,), vae_config, unet_config, schedule, size)
     except ValueError as error:
-        raise CheckpointError(f"{folder}: the config files make no model ({error})") from None
+        raise CheckpointError(f"{unet.parent.parent}: the config files make no model ({error})") from None
     return named(config, config.name), notes
 
 

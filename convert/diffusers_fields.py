@@ -49,6 +49,7 @@ FLOW = "read under use_flow_sigmas alone, which is refused"
 CLASSES = "class embeddings are not supported"
 ADDED = "added embeddings (as Stable Diffusion XL's) are not supported"
 FILES = "of files and loading"
+FLAX = "how diffusers' Flax code computed the same attention"
 TOKENS = "the tokenizer says which ids begin, end and fill a prompt"
 PIPELINES = "the reference's pipelines for Stable Diffusion do not read it, and nor does sdjax"
 
@@ -271,7 +272,10 @@ OTHER_TASKS = (
 """What transformers up to 4 writes into the configuration of any network whatever."""
 
 EARLIER: dict[str, Table] = {
-    "unet": {},
+    "unet": {
+        "split_head_dim": _harmless(False, FLAX),
+        "use_memory_efficient_attention": _harmless(False, FLAX),
+    },
     "vae": {},
     "text": {
         **{name: _harmless(None, "of generating text and other tasks") for name in OTHER_TASKS},

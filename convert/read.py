@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from convert import detect, diffusers, hub
+from convert import detect, diffusers, hub, maxdiffusion
 from convert.detect import Located, infer_config, locate, matches, why_not_needed
 from convert.diffusers_config import with_part_of
 from convert.files.open import open_source
@@ -69,12 +69,12 @@ def read(
 ) -> Converted:
     """A checkpoint as a parameter tree.
 
-    path: a .ckpt, a .safetensors or a diffusers folder; what it is, is found by its content. vae, text_encoder: files
-    or folders to take these parts from instead. ema: "yes" takes the moving averages of the UNet, "no" the plain
-    weights, "auto" the averages if all are there. prediction: "epsilon" or "v" if the file does not say. dtype:
-    "float32", "bfloat16", "float16", or "keep" for the stored one. config: for a model that is no preset. ignore:
-    patterns (as in fnmatch) of names that may be there unused. report: filled while reading, so that it can be looked
-    at after an error.
+    path: a .ckpt, a .safetensors or a diffusers folder (PyTorch's or Flax'); what it is, is found by its content. vae,
+    text_encoder: files or folders to take these parts from instead. ema: "yes" takes the moving averages of the UNet,
+    "no" the plain weights, "auto" the averages if all are there. prediction: "epsilon" or "v" if the file does not say.
+    dtype: "float32", "bfloat16", "float16", or "keep" for the stored one. config: for a model that is no preset.
+    ignore: patterns (as in fnmatch) of names that may be there unused. report: filled while reading, so that it can be
+    looked at after an error.
 
     Raises:
         FileNotFoundError: no such path. CheckpointError (a ValueError): the file is damaged, unsafe, of another model,
@@ -274,9 +274,15 @@ def _open(
     """What is at `path`; the configuration is None where only the parts' shapes can tell."""
     path = hub.snapshot(path)
     if path.is_dir():
-        diffusers.check_folder(path)
         options: dict[Part, Any] = {"vae": asked.vae, "text": asked.text_encoder}
         given = [part for part, option in options.items() if option is not None]
+        step = maxdiffusion.step_folder(path)
+        if step is not None:
+            config, parts, notes = maxdiffusion.open_checkpoint(step, stack, without=given, ignore=asked.ignore)
+            report.format = "maxdiffusion"
+            report.notes += notes
+            return asked.config or config, parts, [located.source for located in parts.values()], None
+        diffusers.check_folder(path)
         config, parts, notes = diffusers.open_folder(path, stack, ema=asked.ema, without=given, ignore=asked.ignore)
         report.format = "diffusers"
         report.notes += notes

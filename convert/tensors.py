@@ -131,7 +131,7 @@ class Zeros:
         """Raises CheckpointError if the last weights of the file end in zeros."""
         ends = []
         for entry, name in self.weights[-2:]:
-            array = self.source.read(name).reshape(-1).view(np.uint8)
+            array = self.source.read(name).ravel("K").view(np.uint8)  # as the file has them
             ends.append((not array.any(), *(not array[-n:].any() for n in (self.END, self.LITTLE)), entry.leaves[0][0]))
         if not ends:
             return

@@ -73,8 +73,9 @@ def load(
 ) -> Pipeline:
     """A `Pipeline` for a model.
 
-    model: a checkpoint of ours (folder), a .ckpt or .safetensors file, a diffusers folder, a hub id ("owner/name"), or
-    one of `SHORT_NAMES`. None: the model in the box, which draws 64x64 pictograms.
+    model: a checkpoint of ours (folder), a .ckpt or .safetensors file, a diffusers folder (PyTorch's or Flax'), a hub
+    id ("owner/name", or "owner/name@revision" for a branch, tag or commit), or one of `SHORT_NAMES`. None: the model in
+    the box, which draws 64x64 pictograms.
     dtype: "float32", "bfloat16" or "float16", of parameters and computation.
     clean: "openai" or "hf", the cleaning of prompts (`sdjax.text.tokenizer`).
     placement: the devices (`Pipeline.on`), to which the parameters are restored.
@@ -226,16 +227,20 @@ def find(model: str | Path) -> Path:
     if path.is_symlink():
         raise FileNotFoundError(f"{path}: a symbolic link to nothing; the download may not be complete")
     name = SHORT_NAMES.get(str(model), str(model))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not re.search(r"\.(ckpt|safetensors|pt|bin)$", name):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not re.search(
+        r"\.(ckpt|safetensors|pt|bin|msgpack)$", name
+    ):
         return download(name)
     raise FileNotFoundError(
-        f"{model}: no such file or folder; expected a checkpoint, a hub id (owner/name), "
+        f"{model}: no such file or folder; expected a checkpoint, a hub id (owner/name or owner/name@revision), "
         f"or one of {', '.join(SHORT_NAMES)}"
     )
 
 
-def download(name: str) -> Path:
+def download(name: str, revision: str | None = None) -> Path:
     """A diffusers model from the hub, into the hub's own cache: configurations, tokenizer, one weight file per part.
+
+    revision: a branch, tag or commit; None for the main branch.
 
     Raises:
         FileNotFoundError: no such model, no access to it, or it is no diffusers model. ConnectionError: no network and
@@ -247,8 +252,13 @@ def download(name: str) -> Path:
     from convert import diffusers
 
     try:
-        files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings or []]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=diffusers.needed_files(name, files)))
+        files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name, revision=revision).siblings or []]
+        needed = diffusers.needed_files(name, files)
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=needed))
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(
+            f"{name}: has no revision {revision} on the hub; expected a branch, tag or commit"
+        ) from None
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         raise FileNotFoundError(f"{name}: not on the hub, or not yours to read ({_first_line(error)})") from None
     except diffusers.NotADiffusersModel:
@@ -256,7 +266,9 @@ def download(name: str) -> Path:
     except Exception as error:  # each version of the client raises the errors of another HTTP library
         try:
             there = ["model_index.json", "*/config.json"]  # not everything on the hub was needed
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=there, local_files_only=True))
+            return Path(
+                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=there, local_files_only=True)
+            )
         except (errors.LocalEntryNotFoundError, OSError):
             raise ConnectionError(
                 f"{name}: the hub cannot be reached and the model is not in its cache ({_first_line(error)})"

@@ -40,6 +40,7 @@ def open_source(path: str | Path) -> Source:
     Raises:
         FileNotFoundError: no such file. CheckpointError: not a checkpoint, damaged, or unsafe.
     """
+    from convert.files import flax_msgpack as flax_file
     from convert.files import safetensors as safetensors_file
     from convert.files import torch_legacy as legacy_file
     from convert.files import torch_zip as torch_file
@@ -63,6 +64,8 @@ def open_source(path: str | Path) -> Source:
         return safetensors_file.open_safetensors(path)
     if LEGACY_MAGIC in head[:32]:
         return legacy_file.open_legacy(path)
+    if flax_file.is_msgpack(head):
+        return flax_file.open_msgpack(path)
     raise CheckpointError(f"{path}: {_what_else(head)}")
 
 
@@ -90,8 +93,6 @@ def _what_else(head: bytes) -> str:
         return f"a header of {int.from_bytes(head[:8], 'little')} bytes, which no .safetensors file has; get it again"
     if head[0] == 8 and head[2] in (0x12, 0x1A):
         return "an ONNX file, not a checkpoint; get the model as .safetensors"
-    if 0x80 < head[0] <= 0x8F and (0xA0 < head[1] < 0xC0 or head[1] == 0xD9):
-        return "a msgpack file, as Flax writes it; get the model as .safetensors"
     if all(31 < byte < 127 or byte in b"\t\r\n" for byte in head):
         return f"a text, not a checkpoint, which begins {head[:40].decode().split(chr(10))[0]!r}; get the file again"
     return "not a checkpoint that is known; expected a .ckpt or .safetensors file"

@@ -62,7 +62,7 @@ class TensorInfo(NamedTuple):
 class Source:
     """An open file.
 
-    format: "ckpt", "ckpt-legacy" or "safetensors".
+    format: "ckpt", "ckpt-legacy", "safetensors" or "flax".
     tensors: in the file's order, names of nested dicts joined by dots.
     skipped: what there is besides the tensors, name -> its type or short value.
     metadata: __metadata__ of a .safetensors file, global_step and name of a .ckpt.
@@ -90,7 +90,7 @@ class Source:
         return self.files.get(name, self)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a new C-contiguous array, in the stored dtype.
+        """A tensor as a new array in the stored dtype; C-contiguous, but for those of Flax, which are transposed views.
 
         Raises:
             KeyError: there is no such tensor. CheckpointError: it is unusable, or the file got shorter. ValueError: the

@@ -224,7 +224,7 @@ def metadata(path: str | Path) -> Params:
         return stored
     from orbax.checkpoint import v1 as ocp
 
-    _refuse_links(path)
+    refuse_links(path / "params")
     _refuse_odd_name(path)
     try:
         stored = ocp.metadata(path / "params").metadata
@@ -272,8 +272,9 @@ def _refuse_odd_name(path: Path) -> None:
         ) from None
 
 
-def _refuse_links(path: Path) -> None:
-    for folder, folders, files in os.walk(path / "params"):
+def refuse_links(tree: Path) -> None:
+    """Raises ValueError if there is anything but files and folders in a folder of Orbax."""
+    for folder, folders, files in os.walk(tree):
         for name in (*folders, *files):
             mode = os.lstat(os.path.join(folder, name)).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
