@@ -56,7 +56,13 @@ def _add_settings(command: argparse.ArgumentParser, task: str, request: type[Req
         if one.metavar is not None and task in one.tasks:
             usual = f"{STRENGTHS[task]:g}" if name == "strength" else one.usual
             _add_setting(command, name, one, f"{one.help} ({usual})" if usual else one.help)
-    add("--count", type=int, default=1, metavar="N", help="pictures to make, with seeds SEED, SEED+1, ... (1)")
+    add(
+        "--count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures to make, with seeds SEED, SEED+1, ..., or variations (1)",
+    )
     add("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own, or the picture's)")
     add("--dtype", metavar="D", help="float32, bfloat16 or float16 (float32)")
     add_folders(command)

@@ -2,8 +2,11 @@
 
 A source is a generator with a seed and a method randn(shape) that draws the next unit normal numbers. The order is that
 of tools that have one generator a picture (A1111, diffusers with a `torch.Generator`): first what it starts from, then,
-for a sampler that adds noise, once for each row that does. Two more settings come from A1111: a variation of a seed
-lies on the way to another seed's noise, and a picture of another size lends its noise to the middle of this one's.
+for a sampler that adds noise, once for each row that does. Samplers of SDEs (dpmpp_sde, dpmpp_2m_sde) take theirs from
+a Brownian tree in those tools: here they draw in order too, so their pictures are others.
+
+Two more settings come from A1111: a variation of a seed lies on the way to another seed's noise, and a picture of
+another size lends its noise to the middle of this one's.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Pipeline:
     embeddings: learnt words that prompts may hold.
 
     The three tasks take the settings of `Request` by keyword, and
-        count: pictures of each prompt, with seeds seed, seed + 1, ...;
+        count: pictures of each prompt, with seeds seed, seed + 1, ..., or with as many variations of one seed;
         batch_size: pictures made at once on each device;
         progress: called after every row of the sampler.
     Results come prompt by prompt, seeds in order within a prompt. A picture depends on its own prompt, settings and
@@ -205,9 +205,9 @@ class Pipeline:
         """Each request with its picture, as they become ready.
 
         Requests may differ in everything; those of one shape (size, clip_skip, up to 64 rows of a sampler, then up to
-        128, ...) share one compiled program and run together. Each picture equals the one made alone. One that needs
-        few steps does not wait for one with many: its place is taken by the next request. Requests are taken as they
-        are needed: memory stays bounded over any number of them.
+        128, ..., and whether these add PyTorch's noise) share one compiled program and run together. Each picture
+        equals the one made alone. One that needs few steps does not wait for one with many: its place is taken by the
+        next request. Requests are taken as they are needed: memory stays bounded over any number of them.
 
         batch_size: pictures at once on each device.
         progress: called after every row of the sampler; batches then run one after the other, each to its end.
