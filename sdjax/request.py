@@ -341,7 +341,7 @@ class Request:
         metavar="K",
         similar=("schedule", "schedule_type", "noise_schedule", "sigmas"),
         label="Schedule type",
-        shown=lambda value: SPACING_NAMES.get(value, value.capitalize()),
+        shown=lambda value: SPACING_NAMES.get(value, value),
         in_plan=True,
         nearest=nearest_spacing,
     )
@@ -612,7 +612,7 @@ class Request:
         tasks=("txt2img",),
         aliases=("hr_scheduler",),
         label="Hires schedule type",
-        shown=lambda value: SPACING_NAMES.get(value, value.capitalize()),
+        shown=lambda value: SPACING_NAMES.get(value, value),
         nearest=nearest_spacing,
     )
     hires_guidance: float | None = setting(

@@ -134,7 +134,7 @@ def sampler_of(name: str) -> tuple[str, str | None]:
     ours = {spacing: spacing for spacing in SPACINGS}
     for spacings, samplers in ((endings, theirs), (ours, SAMPLERS), (ours, theirs)):
         for ending, spacing in spacings.items():
-            first = plain.removesuffix(f" {ending}")
+            first = plain.removesuffix(f" {ending}").removesuffix(f"_{ending}")
             if first != plain and first in samplers:
                 return theirs.get(first, first), spacing
     return name, None
@@ -146,8 +146,9 @@ def spacing_of(name: str) -> str:
     """
     if name in SPACINGS:
         return name
+    plain = " ".join(name.lower().split())
     spellings = {spelling.lower(): here for here, spelling in SPACING_NAMES.items()} | OTHER_SPACINGS
-    return spellings.get(" ".join(name.lower().split()), name)
+    return spellings.get(plain, plain if plain in SPACINGS else name)
 
 
 def nearest_sampler(name: str) -> str:
@@ -164,8 +165,9 @@ def nearest_spacing(name: str) -> str:
 
 def _nearest(name: str, spellings: dict[str, str], known: Iterable[str]) -> str:
     plain = " ".join(str(name).lower().split())
-    if plain in INSTEAD:
-        return INSTEAD[plain]
+    for known_to_fail, instead in INSTEAD.items():
+        if plain.startswith(known_to_fail):
+            return instead
     names = {**spellings, **{each: each for each in known}}
     found = difflib.get_close_matches(plain, names, 1, cutoff=0)
     return names[found[0]]

@@ -16,7 +16,6 @@ from sdjax.hints import hint
 from sdjax.pipeline.foreign.findings import Findings, Foreign, decimal, real, short, whole
 from sdjax.pipeline.foreign.names import (
     BROWNIAN,
-    COMFY_SPACINGS,
     put_sampler,
     put_spacing,
     put_upscaler,
@@ -360,7 +359,7 @@ class Graph:
             found.leave(f"sampler_name: {name}", "the noise that it adds between steps is another one here")
         if one.scheduler is not None or one.spacing is None:
             name = short(one.scheduler)
-            put_spacing(found, COMFY_SPACINGS.get(name), f"scheduler: {name}", prefix)
+            put_spacing(found, name, f"scheduler: {name}", prefix)
         else:
             put_spacing(found, one.spacing, str(one.node), prefix)
 

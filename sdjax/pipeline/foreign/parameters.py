@@ -13,15 +13,14 @@ import re
 from typing import Any, NamedTuple
 
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import SPACINGS
+from sdjax.diffusion.spacings import SPACINGS
 from sdjax.hints import hint
 from sdjax.pipeline.foreign.findings import Findings, Foreign, decimal, real, short, whole
 from sdjax.pipeline.foreign.names import (
-    A1111_SPACINGS,
+    A1111S_OWN,
     ALWAYS,
     AUTOMATIC,
     BROWNIAN,
-    COMFY_SPACINGS,
     TWICE,
     put_sampler,
     put_spacing,
@@ -30,6 +29,7 @@ from sdjax.pipeline.foreign.names import (
 from sdjax.request import settings
 
 NEGATIVE = "Negative prompt:"
+A1111_CFG_PP = 12.5  # what A1111 divides the guidance of CFG++ by
 LEAST_PAIRS = 3
 
 HARMLESS = {
@@ -395,6 +395,10 @@ def _sampling(found: Findings, pairs: dict[str, str], source: str) -> None:
     elif sampler is not None and source != "sdjax":
         chosen = is_automatic(version) or schedule.lower() == "automatic" or sampler in ALWAYS
         put_spacing(found, AUTOMATIC.get(sampler, "normal") if chosen else "normal", f"{said}, spacing of its own")
+    if sampler is not None and SAMPLERS[sampler].cfg_pp and source == "A1111":
+        guidance = real(pairs.pop("CFG scale", pairs.pop("CFG Scale", "")))
+        if guidance is not None:  # its scale there is that of the other samplers
+            found.put("guidance", guidance / A1111_CFG_PP, f"CFG scale: {guidance:g}")
     if source == "A1111":
         if sampler in BROWNIAN:
             found.leave(f"Sampler: {name}", "its noise comes from a Brownian tree there; here each step has its own")
@@ -407,7 +411,7 @@ def _sampling(found: Findings, pairs: dict[str, str], source: str) -> None:
         if label in pairs:
             text = pairs.pop(label)
             found.put(setting, number(text), f"{label}: {text}")
-        elif label in ("Steps", "CFG scale") and "CFG Scale" not in pairs:
+        elif label in ("Steps", "CFG scale") and "CFG Scale" not in pairs and PLAIN[label][0] not in found.settings:
             found.leave(label, "missing from the text; the model's usual number is used")
     if "Schedule rho" in pairs and (text := pairs.pop("Schedule rho")) not in NOTHING:
         found.put("rho", real(text), f"Schedule rho: {text}")
@@ -422,13 +426,13 @@ def _sampling(found: Findings, pairs: dict[str, str], source: str) -> None:
         found.put("guidance_interval", (real(early or "0"), real(end or "1")), f"Skip Early CFG: {early or end}")
 
 
-def spacing_in(schedule: str, source: str) -> str | None:
-    """Our name of a "Schedule type"."""
+def spacing_in(schedule: str, source: str) -> str:
+    """The name of a "Schedule type" in a text of a tool, such that A1111's and our own do not mix."""
     plain = " ".join(schedule.lower().split())
-    known = settings()["spacing"]
     if source == "sdjax":
-        return next((name for name in SPACINGS if str(known.shown(name)).lower() == plain), plain)
-    return COMFY_SPACINGS.get(plain) if source == "ComfyUI" else A1111_SPACINGS.get(plain)
+        shown = settings()["spacing"].shown
+        return next((name for name in SPACINGS if shown(name) == schedule), schedule)
+    return plain if source == "ComfyUI" else A1111S_OWN.get(plain, schedule)
 
 
 def size_in(text: str) -> tuple[int, int] | None:
