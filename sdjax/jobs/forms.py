@@ -367,11 +367,11 @@ def _from_row(names: list[str], cells: list[str], delimiter: str, known: Known) 
             raise ValueError(f"{cell!r:.80} stands in a column without a name")
         if cell:
             comma = delimiter == ";" and known.is_number(name)
-            fields[name] = _value(name, cell.replace(",", ".") if comma else cell, known)
+            fields[name] = value_of(name, cell.replace(",", ".") if comma else cell, known)
     return fields
 
 
-def _value(name: str, text: str, known: Known) -> Any:
+def value_of(name: str, text: str, known: Known) -> Any:
     """A field's value from text. Raises ValueError if it should be a number and is none."""
     try:
         if known.kinds.get(name) == "int":
@@ -438,7 +438,7 @@ def _options(text: str, known: Known) -> Fields:
             raise ValueError(f"the option {option:.80} is not known here; those of a line are {known.fields}")
         if not values:
             raise ValueError(f"the option {option} lacks its value")
-        found = _value(name, " ".join(values), known)
+        found = value_of(name, " ".join(values), known)
         if said in ("n_iter", "batch_size") and isinstance(fields.get("count"), int):
             found *= fields.pop("count")  # so many times so many at once
         if name in fields:

@@ -207,7 +207,7 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
         raise ValueError(f"count must be {LINE_PICTURES:,} at most, found {count}; divide the line")
     check_positive(count=count)
     if fields.get("seed") == -1 and not isinstance(fields["seed"], bool):
-        fields["seed"] = _seed_of(number, fields, count)
+        fields["seed"] = seed_of(number, fields, count)
     fields = ours(fields, kind)
     check_values(fields, kind)
     check_seeds(fields.get("seed", 0), count)
@@ -216,7 +216,7 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
     return Line(number, name, count, kind(**fields, image=image, mask=mask, id=name))
 
 
-def _seed_of(number: int, fields: dict[str, Any], count: int) -> int:
+def seed_of(number: int, fields: dict[str, Any], count: int) -> int:
     """A seed that nobody chose, for a line that asks for it: the same whenever the job is read again, so that a job
     resumes, and several processes agree.
     """
