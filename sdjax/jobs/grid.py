@@ -376,7 +376,12 @@ def shared_size(fields: dict[str, Any], config: ModelConfig) -> tuple[int, int]:
 
 
 def shared_texts(recipes: Sequence[dict[str, Any]], axes: Sequence[Axis], kind: type[Request] = Request) -> Texts:
-    """What all pictures have in common, for the foot of the sheet and its metadata. recipes: of them, as JSON."""
+    """What all pictures have in common, for the foot of the sheet and its metadata.
+
+    Of prompts in which words are replaced it is the first.
+
+    recipes: of the pictures, as JSON.
+    """
     table = {name: known for name, known in settings(kind).items() if known.label}
     said = []
     for recipe in recipes:
@@ -384,8 +389,10 @@ def shared_texts(recipes: Sequence[dict[str, Any]], axes: Sequence[Axis], kind: 
         found |= {"Size": f"{recipe['width']}x{recipe['height']}", "Model": Path(recipe["model"]).name or "built-in"}
         said.append(found)
     alike = {label: value for label, value in (said or [{}])[0].items() if all(one.get(label) == value for one in said)}
-    texts = [{recipe[name] for recipe in recipes} for name in ("prompt", "negative_prompt")]
-    prompt, negative = (found.pop() if len(found) == 1 else "" for found in texts)
+    whole = {each.name for each in axes}
+    prompt, negative = (
+        "" if not recipes or name in whole else recipes[0][name] for name in ("prompt", "negative_prompt")
+    )
     named = [(each.name, each.labels) for each in axes]
     return Texts(named, prompt, negative, ", ".join(f"{label}: {value}" for label, value in alike.items()))
 

@@ -229,7 +229,8 @@ def draw(layout: Layout, texts: Texts, pictures: Iterable[Image.Image | None]) -
         write((start + over // 2, top), wrapped(x_name, layout.font, over, 1), "ma", "gray")
         top += layout.title
         for x, label in zip(columns, x_labels, strict=True):
-            write((x + cell_w // 2, top), wrapped(label, layout.font, cell_w, HEAD_LINES), "ma")
+            lines = wrapped(label, layout.font, cell_w, HEAD_LINES)
+            write((x + cell_w // 2, top + layout.head - GAP - len(lines) * line), lines, "ma")
         top += layout.head
         if y_name:
             write((GAP, top - GAP - line), wrapped(y_name, layout.font, layout.left - GAP, 1), fill="gray")
