@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import secrets
 import warnings
@@ -106,7 +107,7 @@ class Setting(NamedTuple):
     in_lines: its name in job lines; None: it has none.
     aliases: names of other tools that mean exactly the same, and are accepted.
     similar: names of other tools that are refused with the name used here.
-    label: its name in the "parameters" text that other tools read, and shown: its value there.
+    label: its name in the "parameters" text that other tools read, and shown: its value there; None: it is left out.
     in_plan: whether the sampler's rows depend on it.
     """
 
@@ -183,6 +184,29 @@ class Request:
         help="what the picture is steered away from",
         metavar="TEXT",
         similar=("negative", "negative_prompts", "neg_prompt", "neg", "uc", "unconditional_prompt"),
+    )
+    to_prompt: str = setting(
+        "",
+        kind="text",
+        expected="a string",
+        accepts=lambda value: isinstance(value, str),
+        help="another prompt, towards which the prompt goes as far as travel says",
+        metavar="TEXT",
+        similar=("prompt_to", "target_prompt", "end_prompt"),
+        label="To prompt",
+        shown=lambda value: json.dumps(value, ensure_ascii=False) if value else None,
+    )
+    travel: float = setting(
+        0.0,
+        kind="float",
+        expected="in [0, 1]",
+        accepts=lambda value: is_real(value, 0, 1),
+        help="how far the prompt has gone to to_prompt: 0 is the prompt, 1 the other, in between their encodings mix",
+        usual="0",
+        metavar="X",
+        similar=("prompt_travel", "interpolation"),
+        label="Travel",
+        shown=lambda value: value or None,
     )
     weighting: str = setting(
         "a1111",
@@ -493,8 +517,21 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
     for text in (request.prompt, request.negative_prompt):
         if isinstance(text, str):
             prompts.check(text, request.weighting, config.clip.length - 2)
+    _check_travel(request, config)
     size_of(request, config, None if request.image is None else (8, 8))  # any picture: what was asked for counts
     return resolved
+
+
+def _check_travel(request: Request, config: ModelConfig) -> None:
+    """Raises ValueError unless there is something between a request's prompt and the one that it goes to."""
+    if not request.to_prompt:
+        need(request.travel == 0, "travel", "0 without a to_prompt to go to", request.travel)
+        return
+    if not isinstance(request.prompt, str):
+        raise ValueError("to_prompt goes with a prompt that is text; sdjax.text.prompt.interpolated mixes encoded ones")
+    prompts.check(request.to_prompt, request.weighting, config.clip.length - 2)
+    prompts.single(request.prompt, request.weighting, "travel", networks=True)
+    prompts.single(request.to_prompt, request.weighting, "travel")
 
 
 # What follows from a request

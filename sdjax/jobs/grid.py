@@ -385,7 +385,8 @@ def shared_texts(recipes: Sequence[dict[str, Any]], axes: Sequence[Axis], kind: 
     table = {name: known for name, known in settings(kind).items() if known.label}
     said = []
     for recipe in recipes:
-        found = {known.label: known.shown(recipe[name]) for name, known in table.items() if recipe[name] is not None}
+        given = {known: recipe[name] for name, known in table.items() if recipe[name] is not None}
+        found = {known.label: shown for known, value in given.items() if (shown := known.shown(value)) is not None}
         found |= {"Size": f"{recipe['width']}x{recipe['height']}", "Model": Path(recipe["model"]).name or "built-in"}
         said.append(found)
     alike = {label: value for label, value in (said or [{}])[0].items() if all(one.get(label) == value for one in said)}

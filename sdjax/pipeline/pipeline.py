@@ -26,7 +26,7 @@ from sdjax.pipeline.programs import encoder, programs
 from sdjax.request import BATCH, Request, check_positive, check_request, need, requests_for
 from sdjax.storage.cache import digest_of
 from sdjax.text.embeddings import Embedding, Vocabulary
-from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read
+from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read, single
 from sdjax.text.syntax import LoraTag, check_strength, lora_of
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.types import Params
@@ -134,9 +134,7 @@ class Pipeline:
         need(isinstance(prompts, str) or len(prompts) > 0, "prompts", "a string, or a list of at least one", prompts)
         for text in [prompts] if isinstance(prompts, str) else prompts:
             check_request(Request(text, weighting=weighting, clip_skip=clip_skip), self.config, self.name)
-            found = read(text, weighting, steps=1000)
-            if len(found.parts) > 1 or len(found.parts[0].texts) > 1 or found.parts[0].weight != 1 or found.loras:
-                raise ValueError(f"{text!r:.100} is no single text: encode takes no schedule, AND or <lora:...>")
+            found = single(text, weighting, "encode")
             laid = lay_out(
                 read(""), found, self.words, rows=1, weighting=weighting, pad_token=clip.pad_token, width=clip.width
             )
@@ -312,7 +310,8 @@ class Pipeline:
         prompt, negative = request.prompt, request.negative_prompt
         if not isinstance(prompt, str) or not isinstance(negative, str):
             return {"adapters": {}, "embeddings": {}}
-        return _files_of(self.library, self.words, prompt, negative, request.weighting, tuple(request.loras))
+        texts = (negative, prompt, *([request.to_prompt] if request.to_prompt else []))
+        return _files_of(self.library, self.words, texts, request.weighting, tuple(request.loras))
 
     def _adapting(self, live: bool) -> Adapting:
         """Whoever came first has the first ranks of a bank, which rounds in another way: to the bit they are merged."""
@@ -354,11 +353,12 @@ class Pipeline:
 
 @lru_cache(maxsize=1024)
 def _files_of(
-    library: Library, words: Words, prompt: str, negative: str, weighting: str, loras: tuple[str, ...]
+    library: Library, words: Words, texts: tuple[str, ...], weighting: str, loras: tuple[str, ...]
 ) -> dict[str, dict[str, str]]:
+    """texts: the negative prompt, the prompt, and what it goes to."""
     tags, vectors = [*map(lora_of, loras)], Vectors(words.vocab_size)
-    for text in (prompt, negative) if loras or words.learnt or "<" in prompt else ():
-        found = read(text, weighting, steps=1000, negative=text is negative)
+    for number, text in enumerate(texts) if words.learnt or "<" in texts[1] else ():
+        found = read(text, weighting, steps=1000, negative=number == 0)
         tags += found.loras
         for part in found.parts if words.learnt else ():
             for each in dict.fromkeys(each for _, each in part.texts):

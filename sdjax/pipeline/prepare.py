@@ -17,7 +17,7 @@ from sdjax.models.adapters import NO_GATES
 from sdjax.pipeline.adapters import Adapted, Weights
 from sdjax.pipeline.functions import inpainting_channels
 from sdjax.request import Request, check_request, plan, size_of
-from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of
+from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of, single
 
 SOURCES = 64
 """Encoded pictures that are kept for later requests with the same one."""
@@ -109,6 +109,7 @@ def prepare(
         weighting=full.weighting,
         pad_token=config.clip.pad_token,
         width=config.clip.width,
+        toward=destination(full),
     )
     planned, (weights, gates, _) = steered(planned, prompts), adapted
     shape = (source.size, request.clip_skip, len(planned.rows.scale), *shape_of(prompts), weights)
@@ -126,13 +127,23 @@ def readings(full: Request, config: ModelConfig) -> tuple[Reading | np.ndarray, 
         ValueError: they cannot be used.
     """
     steps = (full.steps or 1) * calls_per_step(full.sampler or "")
-    positive = reading(full.prompt, full.weighting, steps, config)
+    positive = reading(full.to_prompt if full.travel == 1 else full.prompt, full.weighting, steps, config)
     is_used = full.guidance != 1 or (isinstance(positive, Reading) and [part.weight for part in positive.parts] != [1])
     negative = reading(full.negative_prompt if is_used else "", full.weighting, steps, config, negative=True)
     for prompt in (positive, negative):
         for note in prompt.notes if isinstance(prompt, Reading) else ():
             warnings.warn(note, stacklevel=2)
     return negative, positive
+
+
+def destination(full: Request) -> tuple[Reading, float] | None:
+    """The text that a request's prompt goes to, and how far it has gone; None at both ends."""
+    if full.travel in (0, 1):
+        return None
+    found = single(full.to_prompt, full.weighting, "travel")
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found, full.travel
 
 
 def reading(

@@ -142,8 +142,8 @@ class RecipeBase:
         said: dict[str, Any] = {}
         for name, known in self.settings.items():
             value = getattr(self, name)
-            if known.label is not None and value is not None:
-                said[known.label] = known.shown(value)
+            if known.label is not None and value is not None and (shown := known.shown(value)) is not None:
+                said[known.label] = shown
         said = {label: said.pop(label) for label in LABELS if label in said} | said
         said |= {"Size": f"{self.width}x{self.height}", "Model": Path(self.model).name or "built-in"}
         for label, files in (("Lora hashes", self.adapters), ("TI hashes", self.embeddings)):
