@@ -97,8 +97,8 @@ def _are_loras(value: Any) -> bool:
 class Setting(NamedTuple):
     """What is known of one field of a `Request`.
 
-    kind: of its values: "text", "texts" (a tuple of them), "int", "float", "fractions" (two numbers), "picture", or
-        "noise".
+    kind: of its values: "text", "texts" (a tuple of them), "int", "float", "flag" (true or false), "fractions" (two
+        numbers), "picture", or "noise".
     expected: completes the sentence "NAME must be ...".
     accepts: whether a value is usable; None always is where it is the default.
     help: what it does, in a few words; usual: what holds when it is left out, for people.
@@ -111,7 +111,7 @@ class Setting(NamedTuple):
     in_plan: whether the sampler's rows depend on it.
     """
 
-    kind: Literal["text", "texts", "int", "float", "fractions", "picture", "noise"]
+    kind: Literal["text", "texts", "int", "float", "flag", "fractions", "picture", "noise"]
     expected: str
     accepts: Callable[[Any], bool]
     help: str
@@ -355,6 +355,17 @@ class Request:
         usual="the model's own, or the picture's",
         similar=("h",),
     )
+    tiling: bool = setting(
+        False,
+        kind="flag",
+        expected="true or false",
+        accepts=lambda value: isinstance(value, bool),
+        help="a picture that repeats without a seam: convolutions see the opposite border beyond each border",
+        metavar="",
+        similar=("tile", "tileable", "seamless", "circular"),
+        label="Tiling",
+        shown=lambda value: "True" if value else None,
+    )
     image: ImageLike | None = setting(
         None,
         kind="picture",
@@ -572,10 +583,15 @@ def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None
     given: (width, height) of the picture to start from, if there is one.
 
     Raises:
-        ValueError: not a multiple of the latent cell, or one side of a picture's alone.
+        ValueError: not a multiple of the latent cell, or one side of a picture's alone. Of a tiled picture: not a
+        multiple of the UNet's coarsest cell, where the wrapped borders would not meet.
     """
     sides = request.width, request.height
     multiple = config.vae.downscale
+    if request.tiling:
+        multiple *= 2 ** (len(config.unet.channels) - 1)
+        uneven = [side for side in sides if is_int(side, 1) and side % multiple]
+        need(not uneven, "the sides of a tiled picture", f"multiples of {multiple}", uneven[0] if uneven else None)
     if given is None:
         width, height = (config.image_size if side is None else side for side in sides)
         return working_size((width, height), asked=(width, height), multiple=multiple)

@@ -89,7 +89,11 @@ def _add_batch(commands: Any, request: type[Request]) -> None:
     _add_hosts(command)
     add("--dry-run", action="store_true", help="check the job and print the plan alone")
     group = command.add_argument_group("for lines that do not say otherwise")
-    defaults = {name: known for name, known in settings(request).items() if known.metavar and "txt2img" in known.tasks}
+    defaults = {
+        name: known
+        for name, known in settings(request).items()
+        if known.metavar is not None and "txt2img" in known.tasks
+    }
     for name, known in defaults.items():
         _add_setting(group, name, known, None)
     group.add_argument("--size", metavar="WxH")
@@ -135,6 +139,9 @@ def _add_setting(command: Any, name: str, known: Setting, text: str | None) -> N
         more |= {"action": "append", "dest": name}
     if known.kind == "fractions":
         more |= {"nargs": 2, "metavar": tuple(metavar.split())}
+    if known.kind == "flag":  # --tiling, and --no-tiling against what a recipe says
+        command.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
+        return
     if known.kind == "noise":
         more |= {"choices": NOISES, "metavar": None}
     options = [f"--{name.replace('_', '-')}" for name in names]

@@ -381,10 +381,20 @@ def value_of(name: str, text: str, known: Known) -> Any:
             return _whole(match[1])
         if known.is_number(name):
             return float(text)
+        if known.kinds.get(name) == "flag":
+            return _flag(text)
         return [float(end) for end in text.split()] if known.kinds.get(name) == "fractions" else text
     except ValueError as error:
         reason = f"{error}" if "digits" in str(error) else f"found {text!r:.80}"
         raise ValueError(f"{name} must be a number, {reason}") from None
+
+
+FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _flag(text: str) -> bool | str:
+    """True or False; text that is neither stays as it is, for the check of the setting to name."""
+    return FLAGS.get(text.strip().lower(), text)
 
 
 # Prompts, and options as other tools write them
@@ -436,6 +446,8 @@ def _options(text: str, known: Known) -> Fields:
         name = said if said in known.kinds else OPTIONS.get(said) or known.aliases.get(said)
         if name is None:
             raise ValueError(f"the option {option:.80} is not known here; those of a line are {known.fields}")
+        if not values and known.kinds[name] == "flag":
+            values = ["true"]
         if not values:
             raise ValueError(f"the option {option} lacks its value")
         found = value_of(name, " ".join(values), known)

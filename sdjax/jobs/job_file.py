@@ -319,7 +319,7 @@ def _adapters(request: Request) -> tuple[str, ...]:
 
 def _shape(request: Request) -> tuple[Any, ...]:
     """What must be equal for requests to share a batch, as far as it shows without the model: size or "unreadable",
-    clip_skip, and the UNet calls, rounded up.
+    clip_skip, the UNet calls, rounded up, and whether it is tiled.
     """
     size: Any = (request.width, request.height)
     if size == (None, None) and request.image is not None:
@@ -330,4 +330,4 @@ def _shape(request: Request) -> tuple[Any, ...]:
             size = "unreadable"  # named when it is its turn
     assert request.steps is not None
     assert request.sampler is not None
-    return size, request.clip_skip, row_bound(calls_of(request.sampler, request.steps))
+    return size, request.clip_skip, row_bound(calls_of(request.sampler, request.steps)), request.tiling

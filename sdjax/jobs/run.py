@@ -353,12 +353,12 @@ def described(
     own, shares = pipe.config.image_size, pipe.placement.data_parallel
     at_once, each = batch * shares, " on each device" if shares * pipe.placement.model_parallel > 1 else ""
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.params)) // pipe.placement.model_parallel
-    for (size, clip_skip, rows), pictures in job.shapes.items():
+    for (size, clip_skip, rows, tiling), pictures in job.shapes.items():
         if size == "unreadable":
             lines.append(f"  unreadable init_image: {pictures} pictures")
             continue
         width, height = (own if side is None else side for side in size)
-        skipped = f", clip_skip {clip_skip}" if clip_skip else ""
+        skipped = (f", clip_skip {clip_skip}" if clip_skip else "") + (", tiled" if tiling else "")
         memory = (parameters + working_set(pipe, width, height, batch)) / 1e9
         lines.append(
             f"  {width}x{height}{skipped}, up to {rows} UNet calls: {pictures} pictures in "

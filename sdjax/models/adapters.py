@@ -20,7 +20,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from sdjax.config import ModelConfig
 from sdjax.models.adapter_forms import Path, Update
@@ -242,13 +241,7 @@ def live(
         gate = gate.reshape(gate.shape[0], *[1] * (x.ndim - 2), gate.shape[-1])
         x = x.astype(down.dtype)
         if isinstance(module, Conv):
-            inner = lax.conv_general_dilated(
-                x,
-                down,
-                window_strides=(module.stride, module.stride),
-                padding=(module.padding, module.padding),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            inner = module.by_convolution(x, down)
         else:
             inner = jnp.dot(x, down)
         return y + jnp.dot(inner * gate, up).astype(y.dtype)

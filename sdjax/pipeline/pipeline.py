@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,7 +259,7 @@ class Pipeline:
         batches = Batches(
             self.config,
             self.params,
-            programs(self.config, self.placement),
+            partial(programs, self.config, self.placement),
             size=batch_size * parts,
             parts=parts,
             uniform=self.placement.model_parallel > 1,
@@ -323,13 +323,17 @@ class Pipeline:
 
         sources: pictures that were encoded before. adapting: adapters that are in use; None: it is alone.
         """
-        encode = programs(self.config, self.placement).encode
+
+        def encode(picture: np.ndarray) -> Any:
+            of_kind = programs(self.config, self.placement, tiling=request.tiling)
+            return of_kind.encode(self.params, picture)
+
         return prepare(
             request,
             self.config,
             self.name,
             words=self.words,
-            encode=lambda picture: encode(self.params, picture),
+            encode=encode,
             sources=sources,
             adapt=adapting or self._adapting(True),
         )

@@ -89,7 +89,7 @@ def prepare(
     """
     full = check_request(request, config, name)
     hashes = [None if file is None else images.content_hash(file) for file in (request.image, request.mask)]
-    key = (*hashes, request.width, request.height)
+    key = (*hashes, request.width, request.height, request.tiling)
     if key not in sources:
         if len(sources) >= SOURCES:
             del sources[next(iter(sources))]
@@ -112,7 +112,7 @@ def prepare(
         toward=destination(full),
     )
     planned, (weights, gates, _) = steered(planned, prompts), adapted
-    shape = (source.size, request.clip_skip, len(planned.rows.scale), *shape_of(prompts), weights)
+    shape = (source.size, request.tiling, request.clip_skip, len(planned.rows.scale), *shape_of(prompts), weights)
     return Prepared(
         request, planned, source, prompts, weights, gates, request.image is None or full.strength == 1, shape
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from sdjax.config import ModelConfig
+from sdjax.config import ModelConfig, tiled
 from sdjax.devices.placement import Placement, Program, jitted, parallelize
 from sdjax.diffusion import sample as loop
 from sdjax.diffusion.sample import State
@@ -45,9 +45,20 @@ def sample(params: Params, state: State, ticks: Array, *, config: ModelConfig) -
     return after.carry, after.index, after.held
 
 
+def programs(config: ModelConfig, placement: Placement, *, tiling: bool = False) -> Programs:
+    """The programs of a model on a placement; each is compiled when it is first called with arguments of a shape.
+
+    tiling: for tiled pictures; what has no convolutions in it is the same program.
+    """
+    usual = _programs(config, placement)
+    if not tiling:
+        return usual
+    wrapped = _programs(tiled(config), placement)
+    return usual._replace(encode=wrapped.encode, sample=wrapped.sample, decode=wrapped.decode)
+
+
 @lru_cache(maxsize=64)
-def programs(config: ModelConfig, placement: Placement) -> Programs:
-    """The programs of a model on a placement; each is compiled when it is first called with arguments of a shape."""
+def _programs(config: ModelConfig, placement: Placement) -> Programs:
 
     def of_params(parts: tuple[str, ...], function: Callable[..., Any], per_picture: Sequence[bool]) -> Program:
         program = parallelize(partial(function, config=config), (False, *per_picture), placement)

@@ -59,6 +59,7 @@ KINDS = {
     "texts": tuple[str, ...],
     "int": int,
     "float": float,
+    "flag": bool,
     "fractions": tuple[float, float],
     "noise": str,
 }

@@ -68,7 +68,7 @@ def programs_for(
     state = state_of(
         batch, initial(partial(jax.eval_shape, functions.initial_latents), batch), conditioned(condition, params, batch)
     )
-    of_model = programs(config, placement)
+    of_model = programs(config, placement, tiling=request.tiling)
     lowers: dict[str, Lower] = {
         "sample": partial(of_model.sample.lower, params, state, np.int32(1)),
         "decode": partial(of_model.decode.lower, params, state.carry.x),
