@@ -80,6 +80,13 @@ def test_a_sampler_with_its_spacing_sets_both_whatever_spacing_the_others_have()
     assert [(line["sampler"], line["spacing"]) for line in found] == [("dpmpp_2m", "karras"), ("ddim", "simple")]
 
 
+def test_labels_are_short_where_they_can_be():
+    assert axis("cfg", [1 / 3, 2 / 3, 1.0]).labels == ("0.3333", "0.6667", "1")
+    assert axis("cfg", [1 / 3, 0.33334444, 7.12345678]).labels == ("0.3333333333", "0.33334444", "7.12345678")
+    assert axis("loras", [[], ["a:0.5", "b"]]).labels == ("none", "a:0.5, b")
+    assert axis("seed", [4294967295, 0]).labels == ("4294967295", "0")
+
+
 def test_sizes_are_widths_and_heights():
     assert written("size=8x16,16x8").axis().changes == ({"width": 8, "height": 16}, {"width": 16, "height": 8})
 

@@ -1,6 +1,7 @@
 """Tiled pictures: convolutions see the opposite border beyond each border, so a picture repeats without a seam."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from sdjax.models.params import random_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.pipeline.recipe import read_recipe
-from sdjax.request import Request
+from sdjax.request import Request, check_request, size_of
 from sdjax.storage import checkpoint
 from tests.arrays import normal
 from tests.small import MINI, SMALL, mini
@@ -143,24 +144,19 @@ def test_each_kind_compiles_once_and_the_text_for_both(latents):
 
 
 def seam(picture):
-    """The mean jump across the border, relative to that between neighbours inside; rows and columns."""
-    x = np.asarray(picture, np.float64)
+    """The mean jump across the borders, relative to that between neighbours inside; across rows and columns."""
     found = []
     for axis in (0, 1):
-        y = np.moveaxis(x, axis, 0)
-        inside = np.abs(np.diff(y, axis=0)).mean()
-        found.append(np.abs(y[0] - y[-1]).mean() / inside)
+        lines = np.moveaxis(np.asarray(picture, np.float64), axis, 0)
+        found.append(np.abs(lines[0] - lines[-1]).mean() / np.abs(np.diff(lines, axis=0)).mean())
     return found
 
 
-def test_a_tiled_picture_has_no_seam_where_a_plain_one_has():
-    """Of the model in the box: a texture that fills the picture."""
-    pipe = load()
-    settings = dict(prompt="rainbow", negative_prompt="white background", steps=12, guidance=3, count=4)
-    wrapped = np.array([seam(picture) for picture in pipe.text_to_image(**settings, tiling=True)])
-    plain = np.array([seam(picture) for picture in pipe.text_to_image(**settings)])
-    assert wrapped.mean() < 1.5, wrapped
-    assert wrapped.mean() < 0.6 * plain.mean(), (wrapped.mean(), plain.mean())
+def test_a_tiled_picture_jumps_no_more_at_its_border_than_inside():
+    """Of the model in the box. A part that is cut out of the middle of the same picture does jump."""
+    pictures = load().text_to_image(["bricks", "fireworks"], steps=12, count=2, tiling=True)
+    assert np.mean([seam(picture) for picture in pictures]) < 1
+    assert np.mean([seam(picture.crop((0, 0, 40, 40))) for picture in pictures]) > 2
 
 
 def test_image_to_image_and_inpainting_are_tiled_too():
@@ -198,27 +194,19 @@ def test_image_to_image_and_inpainting_are_tiled_too():
     ],
 )
 def test_what_cannot_be_tiled_is_refused(settings, says):
-    from sdjax.request import check_request
-
     with pytest.raises(ValueError, match=says):
         check_request(Request("a", **settings), SMALL, "small")
 
 
 def test_a_picture_without_a_size_is_worked_on_at_one_that_can_be_tiled():
-    from sdjax.request import size_of
-
-    assert size_of(Request("a", tiling=True), SMALL, (40, 40)) == (32, 48) or size_of(
-        Request("a", tiling=True), SMALL, (40, 40)
-    ) == (32, 32)
-    assert size_of(Request("a"), SMALL, (40, 40)) == (40, 40)
+    assert size_of(Request("a", tiling=True), SMALL, (42, 75)) == (48, 80)
+    assert size_of(Request("a"), SMALL, (42, 75)) == (40, 72)
 
 
 # A flag, wherever settings are given
 
 
-def test_a_flag_is_said_in_every_form(tmp_path, monkeypatch, capsys):
-    import io
-
+def test_a_flag_is_said_in_every_form():
     for text, kind, expected in (
         ('{"prompt": "a", "tiling": true}', ".jsonl", True),
         ("prompt,tiling\na,yes\n", ".csv", True),

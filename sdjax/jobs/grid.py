@@ -194,7 +194,7 @@ def axis(name: str, values: Sequence[Any], kind: type[Request] = Request) -> Axi
     if isinstance(values, str) or not len(values):
         raise ValueError(f"{name}: expected a list of at least one value, found {values!r:.60}")
     changes = tuple(_change(name, value, kind) for value in values)
-    labels = tuple(_label(value) for value in values)
+    labels = _labels(values)
     for i, change in enumerate(changes):
         if change in changes[:i]:
             first = labels[changes.index(change)]
@@ -203,13 +203,20 @@ def axis(name: str, values: Sequence[Any], kind: type[Request] = Request) -> Axi
     return Axis(name, labels, changes)
 
 
-def _label(value: Any) -> str:
+def _labels(values: Sequence[Any]) -> tuple[str, ...]:
+    """Values for people; long fractions are rounded if they can be told apart then."""
+    rounded = tuple(_label(value, 4) for value in values)
+    return rounded if len(set(rounded)) == len(values) else tuple(_label(value, 10) for value in values)
+
+
+def _label(value: Any, digits: int) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.10g}"
+        exact = f"{value:.10g}"
+        return exact if len(exact) <= 7 else f"{value:.{digits}g}"
     if isinstance(value, tuple | list):
-        return ", ".join(map(_label, value)) or "none"
+        return ", ".join(_label(each, digits) for each in value) or "none"
     return str(value) or "none"
 
 
