@@ -22,7 +22,7 @@ from sdjax.models.adapters import merged
 from sdjax.pipeline.adapters import Adapting, Library, digest_of_adapter, read_learnt
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
-from sdjax.pipeline.programs import encoder, programs
+from sdjax.pipeline.programs import encoder, programs_of_kind
 from sdjax.request import BATCH, Request, check_positive, check_request, need, requests_for
 from sdjax.storage.cache import digest_of
 from sdjax.text.embeddings import Embedding, Vocabulary
@@ -259,7 +259,7 @@ class Pipeline:
         batches = Batches(
             self.config,
             self.params,
-            partial(programs, self.config, self.placement),
+            partial(programs_of_kind, self.config, self.placement),
             size=batch_size * parts,
             parts=parts,
             uniform=self.placement.model_parallel > 1,
@@ -325,7 +325,7 @@ class Pipeline:
         """
 
         def encode(picture: np.ndarray) -> Any:
-            of_kind = programs(self.config, self.placement, tiling=request.tiling)
+            of_kind = programs_of_kind(self.config, self.placement, tiling=request.tiling)
             return of_kind.encode(self.params, picture)
 
         return prepare(

@@ -45,20 +45,9 @@ def sample(params: Params, state: State, ticks: Array, *, config: ModelConfig) -
     return after.carry, after.index, after.held
 
 
-def programs(config: ModelConfig, placement: Placement, *, tiling: bool = False) -> Programs:
-    """The programs of a model on a placement; each is compiled when it is first called with arguments of a shape.
-
-    tiling: for tiled pictures; what has no convolutions in it is the same program.
-    """
-    usual = _programs(config, placement)
-    if not tiling:
-        return usual
-    wrapped = _programs(tiled(config), placement)
-    return usual._replace(encode=wrapped.encode, sample=wrapped.sample, decode=wrapped.decode)
-
-
 @lru_cache(maxsize=64)
-def _programs(config: ModelConfig, placement: Placement) -> Programs:
+def programs(config: ModelConfig, placement: Placement) -> Programs:
+    """The programs of a model on a placement; each is compiled when it is first called with arguments of a shape."""
 
     def of_params(parts: tuple[str, ...], function: Callable[..., Any], per_picture: Sequence[bool]) -> Program:
         program = parallelize(partial(function, config=config), (False, *per_picture), placement)
@@ -76,6 +65,15 @@ def _programs(config: ModelConfig, placement: Placement) -> Programs:
         admit=parallelize(loop.admit, [True] * 3, dataclasses.replace(placement, batch_invariant=False)),
         decode=of_params(("vae",), functions.decode, [True]),
     )
+
+
+def programs_of_kind(config: ModelConfig, placement: Placement, *, tiling: bool = False) -> Programs:
+    """The programs for pictures that are tiled, or are not; what has no convolutions in it is the same program."""
+    usual = programs(config, placement)
+    if not tiling:
+        return usual
+    wrapped = programs(tiled(config), placement)
+    return usual._replace(encode=wrapped.encode, sample=wrapped.sample, decode=wrapped.decode)
 
 
 @lru_cache(maxsize=64)
