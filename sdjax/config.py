@@ -30,6 +30,9 @@ MOST_BLOCKS = 16
 
 Activation = Literal["silu", "gelu", "mish", "relu"]
 
+Padding = Literal["zeros", "wrap"]
+"""What convolutions see beyond the border: nothing, or the opposite border, so that pictures repeat without a seam."""
+
 
 LATER = {"later": True}
 """Marks an entry that the first checkpoints did not have: absent from config.json, it has its usual value."""
@@ -100,6 +103,12 @@ class VAEConfig:
     middle_attention: bool = field(default=True, metadata=LATER)
     quant_conv: bool = field(default=True, metadata=LATER)  # a 1x1 convolution behind the encoder
     post_quant_conv: bool = field(default=True, metadata=LATER)  # and one before the decoder
+    padding: Padding = field(default="zeros", metadata=LATER)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether convolutions are padded with what is at the opposite border."""
+        return self.padding == "wrap"
 
     @property
     def downscale(self) -> int:
@@ -151,6 +160,12 @@ class UNetConfig:
     middle_transformer_layers: int | None = field(
         default=None, metadata=LATER
     )  # where the last level has none; None: as in the deepest level that has any
+    padding: Padding = field(default="zeros", metadata=LATER)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether convolutions are padded with what is at the opposite border."""
+        return self.padding == "wrap"
 
     @property
     def attention(self) -> tuple[bool, ...]:
@@ -313,6 +328,12 @@ class ModelConfig:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"config.json is not valid JSON ({error})") from None
         return _parse(ModelConfig, data, "config")
+
+
+def tiled(config: ModelConfig) -> ModelConfig:
+    """The same model on a torus: what it makes repeats without a seam. Its parameters are the same."""
+    vae, unet = dataclasses.replace(config.vae, padding="wrap"), dataclasses.replace(config.unet, padding="wrap")
+    return dataclasses.replace(config, vae=vae, unet=unet)
 
 
 def _is_usual(owner: Any, entry: dataclasses.Field) -> bool:

@@ -10,9 +10,10 @@ import shlex
 from typing import NamedTuple
 
 PICTURES = ("sdjax txt2img", "sdjax img2img", "sdjax inpaint")
+JOBS = ("sdjax batch", "sdjax grid")
 TRAININGS = ("sdjax train vae", "sdjax train clip", "sdjax train unet")
 CONVERT = ("sdjax-convert", "sdjax-convert merge")
-WITH_MODEL = (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax info", "sdjax selftest", *CONVERT)
+WITH_MODEL = (*PICTURES, *JOBS, *TRAININGS, "sdjax warmup", "sdjax info", "sdjax selftest", *CONVERT)
 """Commands that open a model, in any of the formats that people have."""
 
 
@@ -31,13 +32,13 @@ HINTS = {
     "prediction": Hint("--prediction", "epsilon", WITH_MODEL),
     "ignore": Hint("--ignore", "NAME", WITH_MODEL),
     "config": Hint("--config", "FILE", WITH_MODEL),
-    "dtype": Hint("--dtype", "bfloat16", (*PICTURES, "sdjax batch", *TRAININGS, "sdjax warmup", "sdjax selftest")),
+    "dtype": Hint("--dtype", "bfloat16", (*PICTURES, *JOBS, *TRAININGS, "sdjax warmup", "sdjax selftest")),
     "force": Hint("--force", None, CONVERT),
     "tokenizer": Hint("--tokenizer", "DIR", TRAININGS),
     "preset": Hint("--preset", "sd15", TRAININGS),
-    "lora": Hint("--lora", "FILE", (*PICTURES, "sdjax batch", "sdjax-convert")),
-    "lora_dir": Hint("--lora-dir", "DIR", (*PICTURES, "sdjax batch")),
-    "embeddings": Hint("--embeddings", "DIR", (*PICTURES, "sdjax batch")),
+    "lora": Hint("--lora", "FILE", (*PICTURES, *JOBS, "sdjax-convert")),
+    "lora_dir": Hint("--lora-dir", "DIR", (*PICTURES, *JOBS)),
+    "embeddings": Hint("--embeddings", "DIR", (*PICTURES, *JOBS)),
     "model": Hint("--model", "FILE", PICTURES),
     "recipe": Hint("--recipe", "PICTURE", PICTURES),
     "outpaint": Hint("--outpaint", "left=64", ("sdjax inpaint",)),

@@ -110,8 +110,8 @@ def _are_loras(value: Any) -> bool:
 class Setting(NamedTuple):
     """What is known of one field of a `Request`.
 
-    kind: of its values: "text", "texts" (a tuple of them), "int", "float", "fractions" (two numbers), "picture", or
-        "noise".
+    kind: of its values: "text", "texts" (a tuple of them), "int", "float", "flag" (true or false), "fractions" (two
+        numbers), "picture", or "noise".
     expected: completes the sentence "NAME must be ...".
     accepts: whether a value is usable; None always is where it is the default.
     help: what it does, in a few words; usual: what holds when it is left out, for people.
@@ -120,12 +120,12 @@ class Setting(NamedTuple):
     in_lines: its name in job lines; None: it has none.
     aliases: names of other tools that mean exactly the same, and are accepted.
     similar: names of other tools that are refused with the name used here.
-    label: its name in the "parameters" text that other tools read, and shown: its value there; None: left out.
+    label: its name in the "parameters" text that other tools read, and shown: its value there; None: it is left out.
     in_plan: whether the sampler's rows depend on it.
     nearest: what of it comes nearest to a text that is none, for errors.
     """
 
-    kind: Literal["text", "texts", "int", "float", "fractions", "picture", "noise"]
+    kind: Literal["text", "texts", "int", "float", "flag", "fractions", "picture", "noise"]
     expected: str
     accepts: Callable[[Any], bool]
     help: str
@@ -200,6 +200,29 @@ class Request:
         help="what the picture is steered away from",
         metavar="TEXT",
         similar=("negative", "negative_prompts", "neg_prompt", "neg", "uc", "unconditional_prompt"),
+    )
+    to_prompt: str = setting(
+        "",
+        kind="text",
+        expected="a string",
+        accepts=lambda value: isinstance(value, str),
+        help="another prompt, towards which the prompt goes as far as travel says",
+        metavar="TEXT",
+        similar=("prompt_to", "target_prompt", "end_prompt"),
+        label="To prompt",
+        shown=lambda value: json.dumps(value, ensure_ascii=False) if value else None,
+    )
+    travel: float = setting(
+        0.0,
+        kind="float",
+        expected="in [0, 1]",
+        accepts=lambda value: is_real(value, 0, 1),
+        help="how far the prompt has gone to to_prompt: 0 is the prompt, 1 the other, in between their encodings mix",
+        usual="0",
+        metavar="X",
+        similar=("prompt_travel", "interpolation"),
+        label="Travel",
+        shown=lambda value: value or None,
     )
     weighting: str = setting(
         "a1111",
@@ -442,6 +465,17 @@ class Request:
         help="in pixels",
         usual="the model's own, or the picture's",
         similar=("h",),
+    )
+    tiling: bool = setting(
+        False,
+        kind="flag",
+        expected="true or false",
+        accepts=lambda value: isinstance(value, bool),
+        help="a picture that repeats without a seam: convolutions see the opposite border beyond each border",
+        metavar="",
+        similar=("tile", "tileable", "seamless", "circular"),
+        label="Tiling",
+        shown=lambda value: "True" if value else None,
     )
     image: ImageLike | None = setting(
         None,
@@ -845,6 +879,7 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
     for text in (request.prompt, request.negative_prompt):
         if isinstance(text, str):
             prompts.check(text, request.weighting, config.clip.length - 2)
+    _check_travel(request, config)
     size_of(request, config, None if request.image is None else (8, 8))  # any picture: what was asked for counts
     if resolved.hires_scale is not None or resolved.hires_size is not None:
         try:
@@ -855,6 +890,18 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
     if request.seed_size is not None and any(side % config.vae.downscale for side in parse_size(request.seed_size)):
         raise ValueError(f"seed_size must be multiples of {config.vae.downscale}, found {request.seed_size}")
     return resolved
+
+
+def _check_travel(request: Request, config: ModelConfig) -> None:
+    """Raises ValueError unless there is something between a request's prompt and the one that it goes to."""
+    if not request.to_prompt:
+        need(request.travel == 0, "travel", "0 without a to_prompt to go to", request.travel)
+        return
+    if not isinstance(request.prompt, str):
+        raise ValueError("to_prompt goes with a prompt that is text; sdjax.text.prompt.interpolated mixes encoded ones")
+    prompts.check(request.to_prompt, request.weighting, config.clip.length - 2)
+    prompts.single(request.prompt, request.weighting, "travel", networks=True)
+    prompts.single(request.to_prompt, request.weighting, "travel")
 
 
 # What follows from a request
@@ -921,6 +968,8 @@ def second_pass(resolved: Request, config: ModelConfig) -> SecondPass | None:
         changed["s_noise"] = defaults["s_noise"]
     if spacing not in RHO:
         changed["rho"] = None
+    if resolved.hires_prompt:  # which goes nowhere else
+        changed |= dict(to_prompt="", travel=0.0)
     changed |= dict(
         prompt=resolved.hires_prompt or resolved.prompt,
         negative_prompt=resolved.hires_negative_prompt or resolved.negative_prompt,
@@ -980,10 +1029,15 @@ def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None
     given: (width, height) of the picture to start from, if there is one.
 
     Raises:
-        ValueError: not a multiple of the latent cell, or one side of a picture's alone.
+        ValueError: not a multiple of the latent cell, or one side of a picture's alone. Of a tiled picture: not a
+        multiple of the UNet's coarsest cell, where the wrapped borders would not meet.
     """
     sides = request.width, request.height
     multiple = config.vae.downscale
+    if request.tiling:
+        multiple *= 2 ** (len(config.unet.channels) - 1)
+        uneven = [side for side in sides if is_int(side, 1) and side % multiple]
+        need(not uneven, "the sides of a tiled picture", f"multiples of {multiple}", uneven[0] if uneven else None)
     if given is None:
         width, height = (config.image_size if side is None else side for side in sides)
         return working_size((width, height), asked=(width, height), multiple=multiple)

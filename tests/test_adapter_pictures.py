@@ -109,6 +109,13 @@ def test_live_and_merged_are_the_same_and_each_picture_is_as_if_made_alone(pipe,
             assert np.abs(together[str(i)] - plain[str(i)]).max() > 0.05 * np.abs(changed).max()
 
 
+def test_live_and_merged_are_the_same_in_tiled_pictures(pipe, latents):
+    tiled = [dataclasses.replace(request, tiling=True) for request in requests(["red", "red <lora:b:0.7>"])]
+    together = latents(pipe, tiled, 2)
+    (changed,) = _merged(pipe, tiled[1], latents).values()
+    assert_close(together["1"], changed)
+
+
 def _merged(pipe, request, latents):
     """The latents with the adapters of a request in the parameters, by `Pipeline.with_adapters`."""
     if "a:1:1:3" in request.prompt:

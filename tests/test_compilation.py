@@ -74,7 +74,10 @@ TWO = Placement(tuple(jax.local_devices()[:2]))
 SIZE = dict(width=16, height=24, clip_skip=0)
 
 
-@pytest.mark.parametrize(("placement", "asked"), [(HERE, SIZE), (HERE, dict(image="photo", steps=66)), (TWO, SIZE)])
+@pytest.mark.parametrize(
+    ("placement", "asked"),
+    [(HERE, SIZE), (HERE, dict(image="photo", steps=66)), (TWO, SIZE), (HERE, SIZE | dict(tiling=True))],
+)
 def test_what_is_compiled_ahead_is_what_runs(placement, asked, tmp_path):
     if "image" in asked:
         Image.new("RGB", (24, 16)).save(tmp_path / "photo.png")

@@ -21,6 +21,7 @@ NEEDED = {
     "sdjax img2img": "prompt picture.png",
     "sdjax inpaint": "prompt picture.png mask.png",
     "sdjax batch": "jobs.jsonl -o out",
+    "sdjax grid": "prompt -o out --x steps=1,2",
     "sdjax train vae": START,
     "sdjax train clip": START,
     "sdjax train unet": START,

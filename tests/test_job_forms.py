@@ -208,7 +208,7 @@ def test_options_of_other_tools_are_understood():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("--prompt cat --tiling true", "the option --tiling is not known here"),
+        ("--prompt cat --restore_faces true", "the option --restore_faces is not known here"),
         ("--prompt cat --steps", "the option --steps lacks its value"),
         ("--prompt cat --steps five", "steps must be a number"),
         ("--prompt cat --steps 5 --steps 6", "steps is there twice"),

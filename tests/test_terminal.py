@@ -177,3 +177,8 @@ def test_the_command_is_light_until_it_knows_how_to_be_interrupted():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert not {"jax", "numpy", "flax", "PIL", "rich"} & set(run.stdout.split())
+
+
+def test_words_between_colons_are_no_emoji(capsys):
+    terminal.note("prompt:dog: a word")
+    assert "prompt:dog: a word" in capsys.readouterr().err

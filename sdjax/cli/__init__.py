@@ -1,4 +1,4 @@
-"""The command line: `sdjax txt2img | img2img | inpaint | batch | train | warmup | info | selftest`.
+"""The command line: `sdjax txt2img | img2img | inpaint | batch | grid | train | warmup | info | selftest`.
 
 Options left out take the values of the recipe given by --recipe, else the defaults of `Pipeline`. Whatever goes wrong
 with what the user gave is one line on the error stream and exit status 2; pictures made before that are kept.

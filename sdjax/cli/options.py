@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sdjax.cli import batch, generate, info, warmup
+from sdjax.cli import batch, generate, grid, info, warmup
 from sdjax.cli import train as train_command
 from sdjax.cli.model import add_conversion, add_folders
 from sdjax.cli.terminal import console
@@ -29,6 +29,7 @@ def parser(request: type[Request] = Request) -> argparse.ArgumentParser:
         command.set_defaults(run=generate.generate, task=task, request=request)
         _add_settings(command, task, request)
     _add_batch(commands, request)
+    _add_grid(commands, request)
     train_command.add_parser(commands, console)
     _add_warmup(commands)
     _add_info(commands)
@@ -94,12 +95,44 @@ def _add_batch(commands: Any, request: type[Request]) -> None:
     _add_hosts(command)
     add("--dry-run", action="store_true", help="check the job and print the plan alone")
     group = command.add_argument_group("for lines that do not say otherwise")
-    defaults = {name: known for name, known in settings(request).items() if known.metavar and "txt2img" in known.tasks}
+    defaults = {
+        name: known
+        for name, known in settings(request).items()
+        if known.metavar is not None and "txt2img" in known.tasks
+    }
     for name, known in defaults.items():
         _add_setting(group, name, known, None)
     group.add_argument("--size", metavar="WxH")
     group.add_argument("--count", type=int, metavar="N")
     command.set_defaults(run=batch.batch, model="", request=request, line_settings=(*defaults, "size", "count"))
+
+
+def _add_grid(commands: Any, request: type[Request]) -> None:
+    text = "make one prompt's pictures over two or three settings, and a labelled sheet of them"
+    command = commands.add_parser("grid", help=text, description=text + "; the same command again resumes it.")
+    add, known = command.add_argument, settings(request)
+    add("prompt", help=known["prompt"].help)
+    add("-o", "--output", required=True, metavar="DIR", help="folder of the grid: pictures, manifest.jsonl, grid.png")
+    values = "a setting, size, lora:NAME or prompt:TEXT, and its values: V1,V2 or 1-5 or 1-10(+3) or 0-1[5]"
+    add("--x", required=True, metavar="NAME=VALUES", help=f"the columns: {values}")
+    add("--y", metavar="NAME=VALUES", help="the rows")
+    add("--z", metavar="NAME=VALUES", help="blocks of rows and columns")
+    add("--image", metavar="FILE", help=known["image"].help)
+    add("--mask", metavar="FILE", help=known["mask"].help)
+    add("--model", default="", metavar="M", help="anything that txt2img takes")
+    add("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (float32)")
+    add_folders(command)
+    add("--batch", type=int, default=8, metavar="N", help="pictures made at once on each device (8)")
+    add("--format", choices=["png", "webp", "jpg"], default="png", help="of the pictures (png)")
+    _add_devices(command)
+    add_conversion(command)
+    add("--dry-run", action="store_true", help="check the grid and print the plan alone")
+    group = command.add_argument_group("for all pictures")
+    shared = {name: one for name, one in known.items() if one.metavar is not None}
+    for name, one in shared.items():
+        _add_setting(group, name, one, f"{one.help} ({one.usual})" if one.usual else one.help)
+    group.add_argument("--size", metavar="WxH", help="in pixels, multiples of 8 (the model's own, or the picture's)")
+    command.set_defaults(run=grid.grid, request=request, line_settings=(*shared, "size"), shards=False, skip_bad=False)
 
 
 def _add_setting(command: Any, name: str, known: Setting, text: str | None) -> None:
@@ -112,6 +145,9 @@ def _add_setting(command: Any, name: str, known: Setting, text: str | None) -> N
         more |= {"action": "append", "dest": name}
     if known.kind == "fractions":
         more |= {"nargs": 2, "metavar": tuple(metavar.split())}
+    if known.kind == "flag":  # --tiling, and --no-tiling against what a recipe says
+        command.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
+        return
     if known.kind == "noise":
         more |= {"choices": NOISES, "metavar": None}
     options = [f"--{name.replace('_', '-')}" for name in names]

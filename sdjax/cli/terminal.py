@@ -52,7 +52,7 @@ class Steady:
         return getattr(self.stream, name)
 
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 """The error stream: notes, errors, progress."""
 
 

@@ -367,11 +367,11 @@ def _from_row(names: list[str], cells: list[str], delimiter: str, known: Known) 
             raise ValueError(f"{cell!r:.80} stands in a column without a name")
         if cell:
             comma = delimiter == ";" and known.is_number(name)
-            fields[name] = _value(name, cell.replace(",", ".") if comma else cell, known)
+            fields[name] = value_of(name, cell.replace(",", ".") if comma else cell, known)
     return fields
 
 
-def _value(name: str, text: str, known: Known) -> Any:
+def value_of(name: str, text: str, known: Known) -> Any:
     """A field's value from text. Raises ValueError if it should be a number and is none."""
     try:
         if known.kinds.get(name) == "int":
@@ -381,10 +381,20 @@ def _value(name: str, text: str, known: Known) -> Any:
             return _whole(match[1])
         if known.is_number(name):
             return float(text)
+        if known.kinds.get(name) == "flag":
+            return _flag(text)
         return [float(end) for end in text.split()] if known.kinds.get(name) == "fractions" else text
     except ValueError as error:
         reason = f"{error}" if "digits" in str(error) else f"found {text!r:.80}"
         raise ValueError(f"{name} must be a number, {reason}") from None
+
+
+FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _flag(text: str) -> bool | str:
+    """True or False; text that is neither stays as it is, for the check of the setting to name."""
+    return FLAGS.get(text.strip().lower(), text)
 
 
 # Prompts, and options as other tools write them
@@ -436,9 +446,11 @@ def _options(text: str, known: Known) -> Fields:
         name = said if said in known.kinds else OPTIONS.get(said) or known.aliases.get(said)
         if name is None:
             raise ValueError(f"the option {option:.80} is not known here; those of a line are {known.fields}")
+        if not values and known.kinds[name] == "flag":
+            values = ["true"]
         if not values:
             raise ValueError(f"the option {option} lacks its value")
-        found = _value(name, " ".join(values), known)
+        found = value_of(name, " ".join(values), known)
         if said in ("n_iter", "batch_size") and isinstance(fields.get("count"), int):
             found *= fields.pop("count")  # so many times so many at once
         if name in fields:

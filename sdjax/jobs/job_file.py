@@ -212,7 +212,7 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
     check_positive(count=count)
     for seed in RANDOM:
         if fields.get(seed) == -1:
-            fields[seed] = _seed_of(number, fields, count)
+            fields[seed] = seed_of(number, fields, count)
     fields = ours(fields, kind)
     check_values(fields, kind)
     check_mask_settings({**fields, "image": image, "mask": mask}, "an init_image")
@@ -222,7 +222,7 @@ def _line(number: int, fields: dict[str, Any], kind: type[Request]) -> Line:
     return Line(number, name, count, kind(**fields, image=image, mask=mask, id=name))
 
 
-def _seed_of(number: int, fields: dict[str, Any], count: int) -> int:
+def seed_of(number: int, fields: dict[str, Any], count: int) -> int:
     """A seed that nobody chose, for a line that asks for it: the same whenever the job is read again, so that a job
     resumes, and several processes agree.
     """
@@ -325,8 +325,8 @@ def _adapters(request: Request) -> tuple[str, ...]:
 
 def _shape(request: Request) -> tuple[Any, ...]:
     """What must be equal for requests to share a batch, as far as it shows without the model: size, "region" (of a
-    mask, in a size that the model decides) or "unreadable", clip_skip, the UNet calls, rounded up, and whether the
-    noise that the sampler adds is drawn beforehand.
+    mask, in a size that the model decides) or "unreadable", clip_skip, the UNet calls, rounded up, whether the noise
+    that the sampler adds is drawn beforehand, and whether it is tiled.
     """
     size: Any = (request.width, request.height)
     if size == (None, None) and request.only_masked is not None:
@@ -342,4 +342,4 @@ def _shape(request: Request) -> tuple[Any, ...]:
     assert request.sampler is not None
     adds = request.eta > 0 if request.eta is not None else SAMPLERS[request.sampler].stochastic
     rows = row_bound(calls_of(request.sampler, request.steps))
-    return size, request.clip_skip, rows, adds and request.noise != "jax"
+    return size, request.clip_skip, rows, adds and request.noise != "jax", request.tiling

@@ -353,7 +353,7 @@ def described(
     own, shares = pipe.config.image_size, pipe.placement.data_parallel
     at_once, each = batch * shares, " on each device" if shares * pipe.placement.model_parallel > 1 else ""
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.params)) // pipe.placement.model_parallel
-    for (size, clip_skip, rows, drawn), pictures in job.shapes.items():
+    for (size, clip_skip, rows, drawn, tiling), pictures in job.shapes.items():
         if size == "unreadable":
             lines.append(f"  unreadable init_image: {pictures} pictures")
             continue
@@ -361,6 +361,7 @@ def described(
         width, height = (own if side is None else side for side in ((own, own) if shared else size))
         skipped = f", clip_skip {clip_skip}" if clip_skip else ""
         skipped += ", PyTorch's noise in every step" if drawn else ""
+        skipped += ", tiled" if tiling else ""
         memory = (parameters + working_set(pipe, width, height, batch)) / 1e9
         lines.append(
             f"  {what}{width}x{height}{skipped}, up to {rows} UNet calls: {pictures} pictures in "

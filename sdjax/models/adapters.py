@@ -20,7 +20,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from sdjax.config import ModelConfig
 from sdjax.models.adapter_forms import Path, Update
@@ -228,6 +227,7 @@ def live(
     if not own or gates is None:
         yield
         return
+    sections(config)  # which applies modules itself when it is first called: not within the interceptor
 
     def beside(call: Callable[..., Any], arguments: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
@@ -241,16 +241,7 @@ def live(
         gate = jnp.repeat(gate, repeats, axis=0) if by_picture else jnp.tile(gate, (repeats, 1))
         gate = gate.reshape(gate.shape[0], *[1] * (x.ndim - 2), gate.shape[-1])
         x = x.astype(down.dtype)
-        if isinstance(module, Conv):
-            inner = lax.conv_general_dilated(
-                x,
-                down,
-                window_strides=(module.stride, module.stride),
-                padding=(module.padding, module.padding),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        else:
-            inner = jnp.dot(x, down)
+        inner = module.by_convolution(x, down) if isinstance(module, Conv) else jnp.dot(x, down)
         return y + jnp.dot(inner * gate, up).astype(y.dtype)
 
     with nn.intercept_methods(beside):

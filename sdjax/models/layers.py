@@ -95,13 +95,17 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """f[b, h, w, in] -> f[b, h', w', features]; zero padding (before, after) on both axes."""
+    """f[b, h, w, in] -> f[b, h', w', features]; padding (before, after) on both axes.
+
+    wrap: it is padded with what is at the opposite border, so that the map is a torus; else with zeros.
+    """
 
     features: int
     size: int = 3
     stride: int = 1
     padding: tuple[int, int] = (1, 1)
     bias: bool = True
+    wrap: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -112,18 +116,23 @@ class Conv(nn.Module):
         y = self.by_product(x, kernel) if few and platform() == "cpu" else self.by_convolution(x, kernel)
         return y + over_rows(self.param("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
 
+    def padded(self, x: Array) -> Array:
+        around = ((0, 0), self.padding, self.padding, (0, 0))
+        return jnp.pad(x, around, mode="wrap") if self.wrap else jnp.pad(x, around)
+
     def by_convolution(self, x: Array, kernel: Array) -> Array:
+        zeros = (0, 0) if self.wrap else self.padding
         return lax.conv_general_dilated(
-            x,
+            self.padded(x) if self.wrap else x,
             kernel,
             window_strides=(self.stride, self.stride),
-            padding=(self.padding, self.padding),
+            padding=(zeros, zeros),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
     def by_product(self, x: Array, kernel: Array) -> Array:
         """The same with stride 1: every position's neighbourhood in a row, times the kernel as a matrix."""
-        x = jnp.pad(x, ((0, 0), self.padding, self.padding, (0, 0)))
+        x = self.padded(x)
         h, w = (length - self.size + 1 for length in x.shape[1:3])
         rows = [x[:, i : i + h, j : j + w] for i in range(self.size) for j in range(self.size)]
         return jnp.dot(jnp.concatenate(rows, axis=-1), kernel.reshape(-1, self.features))
@@ -182,12 +191,13 @@ class ResBlock(nn.Module):
     activation: str = "silu"
     scales: bool = False
     divisor: float = 1.0  # of the result
+    wrap: bool = False  # as `Conv`
 
     def setup(self) -> None:
         self.norm1 = GroupNorm(self.groups, self.epsilon)
-        self.conv1 = Conv(self.features)
+        self.conv1 = Conv(self.features, wrap=self.wrap)
         self.norm2 = GroupNorm(self.groups, self.epsilon)
-        self.conv2 = Conv(self.features)
+        self.conv2 = Conv(self.features, wrap=self.wrap)
         if self.time:
             self.time_proj = Dense((1 + self.scales) * self.features)
         if self.skip:
@@ -219,9 +229,10 @@ class Upsample(nn.Module):
     """
 
     features: int
+    wrap: bool = False  # as `Conv`
 
     def setup(self) -> None:
-        self.conv = Conv(self.features)
+        self.conv = Conv(self.features, wrap=self.wrap)
 
     def __call__(self, x: Array, size: tuple[int, ...] | None = None) -> Array:
         b, h, w, c = x.shape

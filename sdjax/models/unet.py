@@ -146,6 +146,7 @@ def _res_block(config: UNetConfig, features: int, remat: bool, *, skip: bool, di
         activation=config.activation,
         scales=config.time_scales,
         divisor=divisor,
+        wrap=config.wraps,
     )
 
 
@@ -195,7 +196,7 @@ class DownBlock(Block):
         super().setup()
         if self.resample:
             padding = (1, 1) if self.config.even_downsampling else (0, 1)
-            self.downsample = Conv(self.features, stride=2, padding=padding)
+            self.downsample = Conv(self.features, stride=2, padding=padding, wrap=self.config.wraps)
 
 
 class UpBlock(Block):
@@ -204,7 +205,7 @@ class UpBlock(Block):
     def setup(self) -> None:
         super().setup()
         if self.resample:
-            self.upsample = Upsample(self.features)
+            self.upsample = Upsample(self.features, wrap=self.config.wraps)
 
 
 class Middle(nn.Module):
@@ -236,8 +237,8 @@ class Middle(nn.Module):
         return x
 
 
-def _same_size_conv(features: int, size: int) -> Conv:
-    return Conv(features, size=size, padding=(size // 2, size // 2))
+def _same_size_conv(features: int, size: int, wrap: bool) -> Conv:
+    return Conv(features, size=size, padding=(size // 2, size // 2), wrap=wrap)
 
 
 class UNet(nn.Module):
@@ -257,7 +258,7 @@ class UNet(nn.Module):
         time_width = config.time_width or 4 * channels[0]
         self.time_fc1 = Dense(time_width)
         self.time_fc2 = Dense(time_width)
-        self.conv_in = _same_size_conv(channels[0], config.conv_in_size)
+        self.conv_in = _same_size_conv(channels[0], config.conv_in_size, config.wraps)
 
         def block(kind: Any, i: int, ins: tuple[int, ...], layers: int, resample: bool) -> Any:
             only_cross = config.level_only_cross[i]
@@ -280,7 +281,7 @@ class UNet(nn.Module):
             width = features
         self.up = up
         self.norm_out = GroupNorm(config.groups, config.epsilon)
-        self.conv_out = _same_size_conv(config.out_channels, config.conv_out_size)
+        self.conv_out = _same_size_conv(config.out_channels, config.conv_out_size, config.wraps)
 
     def embed_timesteps(self, t: Array) -> Any:
         """t f|i32[...] -> the shift of every residual block, a pytree of f[..., c]."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -58,7 +58,8 @@ class Middle(nn.Module):
 
     def setup(self) -> None:
         config, features = self.config, self.config.channels[-1]
-        block = partial(ResBlock, features, config.groups, EPSILON, skip=False, activation=config.activation)
+        options: dict[str, Any] = dict(skip=False, activation=config.activation, wrap=config.wraps)
+        block = partial(ResBlock, features, config.groups, EPSILON, **options)
         self.res = [block() for _ in range(2)]
         if config.middle_attention:
             self.attention = AttentionBlock(features, config.groups)
@@ -79,8 +80,9 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         widths = [self.in_features] + [self.features] * self.blocks
-        block = partial(ResBlock, groups=self.config.groups, epsilon=EPSILON, activation=self.config.activation)
-        self.res = [block(after, skip=before != after) for before, after in pairwise(widths)]
+        options: dict[str, Any] = dict(activation=self.config.activation, wrap=self.config.wraps)
+        block = partial(ResBlock, groups=self.config.groups, epsilon=EPSILON, **options)
+        self.res = [block(features=after, skip=before != after) for before, after in pairwise(widths)]
 
     def __call__(self, x: Array) -> Array:
         for block in self.res:
@@ -94,7 +96,7 @@ class DownBlock(Block):
     def setup(self) -> None:
         super().setup()
         if self.resample:  # pads right and bottom only
-            self.downsample = Conv(self.features, stride=2, padding=(0, 1))
+            self.downsample = Conv(self.features, stride=2, padding=(0, 1), wrap=self.config.wraps)
 
     def __call__(self, x: Array) -> Array:
         x = super().__call__(x)
@@ -107,7 +109,7 @@ class UpBlock(Block):
     def setup(self) -> None:
         super().setup()
         if self.resample:
-            self.upsample = Upsample(self.features)
+            self.upsample = Upsample(self.features, wrap=self.config.wraps)
 
     def __call__(self, x: Array) -> Array:
         x = super().__call__(x)
@@ -121,7 +123,7 @@ class Encoder(nn.Module):
         config = self.config
         widths = (config.channels[0], *config.channels)
         last = len(config.channels) - 1
-        self.conv_in = Conv(config.channels[0])
+        self.conv_in = Conv(config.channels[0], wrap=config.wraps)
         self.down = [
             DownBlock(
                 widths[i],
@@ -134,7 +136,7 @@ class Encoder(nn.Module):
         ]
         self.mid = Middle(config)
         self.norm_out = GroupNorm(config.groups, EPSILON)
-        self.conv_out = Conv(2 * config.latent_channels)
+        self.conv_out = Conv(2 * config.latent_channels, wrap=config.wraps)
 
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
@@ -151,7 +153,7 @@ class Decoder(nn.Module):
         channels = config.channels[::-1]
         widths = (channels[0], *channels)
         last = len(channels) - 1
-        self.conv_in = Conv(channels[0])
+        self.conv_in = Conv(channels[0], wrap=config.wraps)
         self.mid = Middle(config)
         self.up = [
             UpBlock(
@@ -164,7 +166,7 @@ class Decoder(nn.Module):
             for i in range(last + 1)
         ]
         self.norm_out = GroupNorm(config.groups, EPSILON)
-        self.conv_out = Conv(config.image_channels)
+        self.conv_out = Conv(config.image_channels, wrap=config.wraps)
 
     def __call__(self, z: Array) -> Array:
         x = self.mid(self.conv_in(z))

@@ -197,6 +197,7 @@ class Made(NamedTuple):
 class Batches:
     """Makes pictures on a model's programs, many at once.
 
+    programs: called with `tiling`, the programs for such pictures.
     size: places for pictures on all devices together.
     parts: parts that the places are divided into, one for each device (or group of devices that share parameters).
     uniform: every batch runs to its end, all parts taking the same branches (`stack_plans`).
@@ -207,7 +208,7 @@ class Batches:
 
     config: ModelConfig
     params: Params
-    programs: Programs
+    programs: Callable[..., Programs]
     size: int
     parts: int = 1
     uniform: bool = False
@@ -241,8 +242,12 @@ class Batches:
         some = next(one for one in places if one is not None)
         batch = assemble([one or some for one in places], self.config, uniform=self.uniform)
         batch.calls[[one is None for one in places]] = batch.calls.max() if self.uniform else 0
-        given = conditioned(self.programs.condition(some.request.clip_skip), self._params(some), batch)
-        return state_of(batch, initial(self.programs.initial_latents, batch), given)
+        given = conditioned(self.programs().condition(some.request.clip_skip), self._params(some), batch)
+        return state_of(batch, initial(self.programs().initial_latents, batch), given)
+
+    def _programs(self, one: Prepared) -> Programs:
+        """The programs for pictures of one shape."""
+        return self.programs(tiling=one.request.tiling)
 
     def _params(self, one: Prepared) -> Params:
         """The parameters for pictures of one shape: with the adapters that these share."""
@@ -250,7 +255,7 @@ class Batches:
 
     def _sampled(self, one: Prepared, state: State, ticks: int) -> State:
         """The state of pictures of the same shape as `one`, after some steps."""
-        carry, index, held = self.programs.sample(self._params(one), state, np.int32(ticks))
+        carry, index, held = self._programs(one).sample(self._params(one), state, np.int32(ticks))
         return state._replace(carry=carry, index=index, held=held)
 
     @pinned
@@ -261,7 +266,7 @@ class Batches:
         last = [(place, one) for place, one in requests if one.second is None]
         made = None
         if last or any(second.sees_picture for _, second in again):
-            made = Made(last, *to_bytes(self.programs.decode(self.params, latents)))
+            made = Made(last, *to_bytes(self._programs(requests[0][1]).decode(self.params, latents)))
         if again:
             on_host = np.asarray(latents)
             pixels = None if made is None else np.asarray(made.pixels)
@@ -331,7 +336,7 @@ class Batches:
                 if pairs:
                     if latents is None:
                         latents = state.carry.x
-                    latents = self.programs.admit(latents, state.carry.x, local(pairs))
+                    latents = self.programs().admit(latents, state.carry.x, local(pairs))
                     for source, target in pairs.items():
                         done[target], under[source] = under[source], None
                     finished = [place for place in finished if place not in pairs]
@@ -345,7 +350,7 @@ class Batches:
                 free = [place for place in self.order if under[place] is None]
                 pairs = moves([place for place in self.order if fresh[place] is not None], free)
                 if pairs:
-                    state = self.programs.admit(state, fresh_state, local(pairs))
+                    state = self.programs().admit(state, fresh_state, local(pairs))
                     for source, target in pairs.items():
                         one = fresh[source]
                         assert one is not None

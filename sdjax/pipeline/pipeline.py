@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,11 @@ from sdjax.models.adapters import merged
 from sdjax.pipeline.adapters import Adapting, Library, digest_of_adapter, read_learnt
 from sdjax.pipeline.batching import Batches, Made, Progress
 from sdjax.pipeline.prepare import Prepared, Sources, prepare
-from sdjax.pipeline.programs import encoder, programs
+from sdjax.pipeline.programs import encoder, programs_of_kind
 from sdjax.request import BATCH, Request, check_positive, check_request, need, parse_sides, requests_for
 from sdjax.storage.cache import digest_of
 from sdjax.text.embeddings import Embedding, Vocabulary
-from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read
+from sdjax.text.prompt import Vectors, Words, chunks, lay_out, read, single
 from sdjax.text.syntax import LoraTag, check_strength, lora_of
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.types import Params
@@ -134,9 +134,7 @@ class Pipeline:
         need(isinstance(prompts, str) or len(prompts) > 0, "prompts", "a string, or a list of at least one", prompts)
         for text in [prompts] if isinstance(prompts, str) else prompts:
             check_request(Request(text, weighting=weighting, clip_skip=clip_skip), self.config, self.name)
-            found = read(text, weighting, steps=1000)
-            if len(found.parts) > 1 or len(found.parts[0].texts) > 1 or found.parts[0].weight != 1 or found.loras:
-                raise ValueError(f"{text!r:.100} is no single text: encode takes no schedule, AND or <lora:...>")
+            found = single(text, weighting, "encode")
             laid = lay_out(
                 read(""), found, self.words, rows=1, weighting=weighting, pad_token=clip.pad_token, width=clip.width
             )
@@ -264,7 +262,7 @@ class Pipeline:
         batches = Batches(
             self.config,
             self.params,
-            programs(self.config, self.placement),
+            partial(programs_of_kind, self.config, self.placement),
             size=batch_size * parts,
             parts=parts,
             uniform=self.placement.model_parallel > 1,
@@ -315,12 +313,9 @@ class Pipeline:
         prompt, negative = request.prompt, request.negative_prompt
         if not isinstance(prompt, str) or not isinstance(negative, str):
             return {"adapters": {}, "embeddings": {}}
-        found = _files_of(self.library, self.words, prompt, negative, request.weighting, tuple(request.loras))
-        if request.hires_prompt or request.hires_negative_prompt:
-            texts = request.hires_prompt or prompt, request.hires_negative_prompt or negative
-            more = _files_of(self.library, self.words, *texts, request.weighting, tuple(request.loras))
-            return {kind: found[kind] | more[kind] for kind in found}
-        return found
+        wanted = (prompt, request.to_prompt, request.hires_prompt)
+        unwanted = (negative, request.hires_negative_prompt)
+        return _files_of(self.library, self.words, wanted, unwanted, request.weighting, tuple(request.loras))
 
     def _adapting(self, live: bool) -> Adapting:
         """Whoever came first has the first ranks of a bank, which rounds in another way: to the bit they are merged."""
@@ -332,13 +327,17 @@ class Pipeline:
 
         sources: pictures that were encoded before. adapting: adapters that are in use; None: it is alone.
         """
-        encode = programs(self.config, self.placement).encode
+
+        def encode(picture: np.ndarray) -> Any:
+            of_kind = programs_of_kind(self.config, self.placement, tiling=request.tiling)
+            return of_kind.encode(self.params, picture)
+
         return prepare(
             request,
             self.config,
             self.name,
             words=self.words,
-            encode=lambda picture: encode(self.params, picture),
+            encode=encode,
             sources=sources,
             adapt=adapting or self._adapting(True),
         )
@@ -363,11 +362,18 @@ class Pipeline:
 
 @lru_cache(maxsize=1024)
 def _files_of(
-    library: Library, words: Words, prompt: str, negative: str, weighting: str, loras: tuple[str, ...]
+    library: Library,
+    words: Words,
+    wanted: tuple[str, ...],
+    unwanted: tuple[str, ...],
+    weighting: str,
+    loras: tuple[str, ...],
 ) -> dict[str, dict[str, str]]:
+    """The same of prompts, and of negative prompts; empty ones use nothing."""
     tags, vectors = [*map(lora_of, loras)], Vectors(words.vocab_size)
-    for text in (prompt, negative) if loras or words.learnt or "<" in prompt else ():
-        found = read(text, weighting, steps=1000, negative=text is negative)
+    texts = [(text, negative) for negative, group in ((False, wanted), (True, unwanted)) for text in group if text]
+    for text, negative in texts if words.learnt or any("<" in text for text in wanted) else ():
+        found = read(text, weighting, steps=1000, negative=negative)
         tags += found.loras
         for part in found.parts if words.learnt else ():
             for each in dict.fromkeys(each for _, each in part.texts):

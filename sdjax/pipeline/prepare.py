@@ -19,7 +19,7 @@ from sdjax.pipeline.adapters import Adapted, Weights
 from sdjax.pipeline.functions import inpainting_channels
 from sdjax.pipeline.pixels import pixels_of
 from sdjax.request import Request, check_request, parse_size, plan, second_pass, with_defaults
-from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of
+from sdjax.text.prompt import Prompts, Reading, Words, lay_out, read, shape_of, single
 
 SOURCES = 64
 """Encoded pictures that are kept for later requests with the same one."""
@@ -42,7 +42,7 @@ class Source(NamedTuple):
     finish: Callable[[Image.Image], Image.Image]
 
 
-SHAPING = ("width", "height", "outpaint", "feather", "only_masked", "soft_mask")
+SHAPING = ("width", "height", "tiling", "outpaint", "feather", "only_masked", "soft_mask")
 """Settings that decide, with picture and mask, what a `Source` is."""
 
 Sources = dict[Any, Source]
@@ -175,11 +175,20 @@ def _prepared(
         weighting=full.weighting,
         pad_token=config.clip.pad_token,
         width=config.clip.width,
+        toward=destination(full),
     )
     planned, (weights, gates, _) = steered(planned, prompts), adapted
     adds, pure = _adds(request, planned), request.image is None or full.strength == 1
     rows = len(planned.rows.scale)
-    shape = (source.size, request.clip_skip, rows, 0 if adds is None else rows, *shape_of(prompts), weights)
+    shape = (
+        source.size,
+        request.tiling,
+        request.clip_skip,
+        rows,
+        0 if adds is None else rows,
+        *shape_of(prompts),
+        weights,
+    )
     return Prepared(request, planned, source, prompts, weights, gates, pure, adds, shape)
 
 
@@ -197,7 +206,7 @@ def readings(
     """
     first_pass = None if after is None else (after[0].steps or 1) * calls_per_step(after[0].sampler or "")
     steps = ((full.steps or 1) if after is None else after[1]) * calls_per_step(full.sampler or "")
-    positive = reading(full.prompt, full.weighting, steps, config, first_pass)
+    positive = reading(full.to_prompt if full.travel == 1 else full.prompt, full.weighting, steps, config, first_pass)
     guidance, parts = planned.rows.levels.guidance, positive.parts if isinstance(positive, Reading) else ()
     is_used = guidance is None or guidance.used.any() or (bool(parts) and [part.weight for part in parts] != [1])
     unwanted = full.negative_prompt if is_used else ""
@@ -206,6 +215,16 @@ def readings(
         for note in prompt.notes if isinstance(prompt, Reading) and after is None else ():
             warnings.warn(note, stacklevel=2)
     return negative, positive
+
+
+def destination(full: Request) -> tuple[Reading, float] | None:
+    """The text that a request's prompt goes to, and how far it has gone; None at both ends."""
+    if full.travel in (0, 1):
+        return None
+    found = single(full.to_prompt, full.weighting, "travel")
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found, full.travel
 
 
 def reading(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from sdjax.config import ModelConfig
+from sdjax.config import ModelConfig, tiled
 from sdjax.devices.placement import Placement, Program, jitted, parallelize
 from sdjax.diffusion import sample as loop
 from sdjax.diffusion.rows import Carry
@@ -65,6 +65,15 @@ def programs(config: ModelConfig, placement: Placement) -> Programs:
         admit=parallelize(loop.admit, [True] * 3, dataclasses.replace(placement, batch_invariant=False)),
         decode=of_params(("vae",), functions.decode, [True]),
     )
+
+
+def programs_of_kind(config: ModelConfig, placement: Placement, *, tiling: bool = False) -> Programs:
+    """The programs for pictures that are tiled, or are not; what has no convolutions in it is the same program."""
+    usual = programs(config, placement)
+    if not tiling:
+        return usual
+    wrapped = programs(tiled(config), placement)
+    return usual._replace(encode=wrapped.encode, sample=wrapped.sample, decode=wrapped.decode)
 
 
 @lru_cache(maxsize=64)

@@ -63,6 +63,7 @@ KINDS = {
     "texts": tuple[str, ...],
     "int": int,
     "float": float,
+    "flag": bool,
     "fractions": tuple[float, float],
     "noise": str,
 }

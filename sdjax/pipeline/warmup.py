@@ -17,7 +17,7 @@ from sdjax.pipeline import functions
 from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.prepare import prepare
-from sdjax.pipeline.programs import programs
+from sdjax.pipeline.programs import programs_of_kind
 from sdjax.request import Request
 from sdjax.text.prompt import Words
 from sdjax.text.tokenizer import Tokenizer, clip_tokenizer
@@ -68,7 +68,7 @@ def programs_for(
     state = state_of(
         batch, initial(partial(jax.eval_shape, functions.initial_latents), batch), conditioned(condition, params, batch)
     )
-    of_model = programs(config, placement)
+    of_model = programs_of_kind(config, placement, tiling=request.tiling)
     lowers: dict[str, Lower] = {
         "sample": partial(of_model.sample.lower, params, state, np.int32(1)),
         "decode": partial(of_model.decode.lower, params, state.carry.x),

@@ -112,6 +112,24 @@ def read(
     return Reading((Part(((steps, text),)),), tuple(loras), tuple(notes))
 
 
+def single(text: str, weighting: str, what: str, *, networks: bool = False) -> Reading:
+    """A prompt that is one text from the first step to the last, read.
+
+    what: takes no other, for the message. networks: whether it may name adapters.
+
+    Raises:
+        ValueError: it has a schedule or parts, which numbers cannot say, or networks.
+    """
+    found = read(text, weighting, steps=1000)
+    parts, texts = len(found.parts), len(found.parts[0].texts)
+    if weighting == "compel":
+        parts = len(syntax.compel_parts(text))
+    if parts > 1 or texts > 1 or found.parts[0].weight != 1 or (found.loras and not networks):
+        also = "" if networks else " or <lora:...>"
+        raise ValueError(f"{text!r:.100} is no single text: {what} takes no schedule, AND{also}")
+    return found
+
+
 def check(text: str, weighting: str, length: int) -> None:
     """Raises ValueError if it shows without a tokenizer that a prompt cannot be used: brackets, weights, length.
 
@@ -424,6 +442,7 @@ def lay_out(
     weighting: str = "a1111",
     pad_token: int,
     width: int,
+    toward: tuple[Reading, float] | None = None,
 ) -> Prompts:
     """The arrays of a picture's prompts.
 
@@ -431,6 +450,8 @@ def lay_out(
     rows: of the sampler's table.
     pad_token: what follows the end of a text.
     width: of the text encoder.
+    toward: a single text that the prompt goes to, and how far it has gone: (1 - fraction) of the one's encoding and
+        fraction of the other's, weights applied, both in as many chunks as the longer one has.
 
     Raises:
         ValueError: as `chunks`.
@@ -438,9 +459,15 @@ def lay_out(
     vectors = Vectors(words.vocab_size)
     parts = [_part_of(negative), *_parts_of(positive, weighting)]
     columns = [_texts_of(part, group, words, vectors, weighting) for group, part in enumerate(parts)]
+    further: list[Text] = []
+    if toward is not None:
+        [start], seen = columns[1]
+        [end], _ = _texts_of(_parts_of(toward[0], weighting)[0], len(parts), words, vectors, weighting)
+        longest = max(len(start.chunks), len(end.chunks))
+        columns[1], further = ([_padded(start, longest)], seen), [_padded(end, longest)]
 
     # Every part's first text, then the others, and which of them each row sees
-    texts = [found[0] for found, _ in columns] + [text for found, _ in columns for text in found[1:]]
+    texts = [found[0] for found, _ in columns] + [text for found, _ in columns for text in found[1:]] + further
     places = {id(text): i for i, text in enumerate(texts)}
     table = np.zeros((rows, 1 + _doubled(PARTS, len(parts) - 1)), np.int32)
     for i, (found, seen) in enumerate(columns):
@@ -450,6 +477,9 @@ def lay_out(
 
     # What the arithmetic of the weights needs besides
     mixes = _without_fragments(texts) if weighting == "compel" else {}
+    if toward is not None:
+        ends = ((1, 1 - toward[1]), (places[id(further[0])], toward[1]))
+        mixes[1] = [(at, part * share) for i, share in ends for at, part in mixes.get(i, [(i, 1.0)])]
     is_weighted = any(weight != 1 for text in texts for chunk in text.chunks for weight in chunk.weights)
     empty = 0
     if is_weighted and MODES[weighting] == MODES["comfy"]:
@@ -498,13 +528,15 @@ def _texts_of(
     entries = [text for _, text in part.texts]
     found = [chunks(text, words, vectors, weighting) for text in names]
     longest = max(map(len, found))
-    texts = [
-        Text([*each, *(Chunk() for _ in range(longest - len(each)))], group, entries.count(text))
-        for text, each in zip(names, found, strict=True)
-    ]
+    texts = [_padded(Text(each, group, entries.count(text)), longest) for text, each in zip(names, found, strict=True)]
     last = part.texts[-1][0]
     steps = [names.index(part.texts[syntax.text_at(list(part.texts), call)][1]) for call in range(last)]
     return texts, steps or [0]
+
+
+def _padded(text: Text, chunks: int) -> Text:
+    """The text with empty chunks at its end, up to so many."""
+    return text._replace(chunks=[*text.chunks, *(Chunk() for _ in range(chunks - len(text.chunks)))])
 
 
 def _without_fragments(texts: list[Text]) -> dict[int, list[tuple[int, float]]]:
