@@ -43,9 +43,10 @@ def assert_same(found, expected):
         assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("inside", ["", "800"])
-def test_a_run_gives_the_bits_of_its_parameters(run, inside):
-    found = convert.read(run / inside)
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/800"])
+def test_a_run_gives_the_bits_of_its_parameters(run, inside, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    found = convert.read(inside)
     assert_same(found.params, random_params(MODEL))
     assert found.config.unet == MODEL.unet
     assert found.config.schedule == MODEL.schedule
