@@ -227,10 +227,10 @@ def find(model: str | Path) -> Path:
     if path.is_symlink():
         raise FileNotFoundError(f"{path}: a symbolic link to nothing; the download may not be complete")
     name = SHORT_NAMES.get(str(model), str(model))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not re.search(
-        r"\.(ckpt|safetensors|pt|bin|msgpack)$", name
-    ):
-        return download(name)
+    whole_name, file_name = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", r"\.(ckpt|safetensors|pt|bin|msgpack)$"
+    if re.fullmatch(whole_name, name) and not re.search(file_name, name):
+        name, _, revision = name.partition("@")
+        return download(name, revision or None)
     raise FileNotFoundError(
         f"{model}: no such file or folder; expected a checkpoint, a hub id (owner/name or owner/name@revision), "
         f"or one of {', '.join(SHORT_NAMES)}"

@@ -15,7 +15,11 @@ from typing import Any
 
 import flax.serialization
 import flax.traverse_util
+import jax
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax.training.train_state import TrainState
 
 from convert.files.open import open_source
 from sdjax.config import ScheduleConfig
@@ -150,3 +154,32 @@ def make_flax(folder: Path, scheduler: str = "FlaxPNDMScheduler", keep: bool = F
     data.pop("rescale_betas_zero_snr", None)
     file.write_text(json.dumps(data, indent=2))
     return folder
+
+
+def write_run(run: Path, folder: Path, steps: tuple[int, ...] = (800,), more: dict[str, Any] | None = None) -> Path:
+    """maxdiffusion's checkpoints of a run, from a Flax folder that has PyTorch's weights, too.
+
+    Later steps have the weights times 2, 3, ...
+
+    With the items, handlers and options of `create_orbax_checkpoint_manager` and `save_checkpoint`: the UNet in
+    training with AdamW, the others without an optimiser.
+    """
+    items = [f"{part}_{kind}" for kind in ("config", "state") for part in ("unet", "vae", "text_encoder")]
+    items += ["scheduler_config", "tokenizer_config", *(more or {})]
+    options = ocp.CheckpointManagerOptions(create=True, save_interval_steps=1, enable_async_checkpointing=True)
+    configs = {part: folder / part / "config.json" for part in ("unet", "vae", "text_encoder")}
+    configs["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+    with ocp.CheckpointManager(run, item_names=tuple(items), options=options) as manager:
+        for times, step in enumerate(steps, 1):
+            saved = {
+                f"{name}_config": ocp.args.JsonSave(json.loads(file.read_text())) for name, file in configs.items()
+            }
+            saved["tokenizer_config"] = ocp.args.JsonSave({"path": "stable-diffusion-v1-5/stable-diffusion-v1-5"})
+            for part in ("unet", "vae", "text_encoder"):
+                params = jax.tree.map(lambda a, times=times: jax.numpy.asarray(a * times), tree_of(folder, part))
+                tx = optax.adamw(1e-5) if part == "unet" else optax.identity()
+                state = TrainState.create(apply_fn=None, params=params, tx=tx)
+                saved[f"{part}_state"] = ocp.args.PyTreeSave(state)
+            manager.save(step, args=ocp.args.Composite(**saved, **(more or {})))
+        manager.wait_until_finished()
+    return run

@@ -229,6 +229,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     folder: Path
     model = SHORT_NAMES["sd15"]
     served: list[str]
+    branches: list[str]
 
     def do_HEAD(self):
         self.do_GET(body=False)
@@ -241,6 +242,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path.startswith(f"/api/models/{self.model}/tree/"):
             data = json.dumps([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]).encode()
         elif path.startswith(f"/api/models/{self.model}"):
+            _, _, branch = path.partition("/revision/")
+            self.branches.append(branch)
             siblings = [{"rfilename": name} for name in names]
             data = json.dumps({"id": self.model, "sha": commit, "siblings": siblings}).encode()
         elif path.startswith(f"/{self.model}/resolve/"):
@@ -267,7 +270,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_hub_models_are_downloaded_converted_and_found_again(folder, tmp_path):
-    handler = type("Handler", (Hub,), {"folder": folder, "served": []})
+    handler = type("Handler", (Hub,), {"folder": folder, "served": [], "branches": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
@@ -287,6 +290,10 @@ def test_hub_models_are_downloaded_converted_and_found_again(folder, tmp_path):
     assert first.stdout.split() == ["tiny", "sd15"], first.stderr
     assert "unet/diffusion_pytorch_model.safetensors" in handler.served
     assert not {"README.md", "huge.ckpt"} & set(handler.served)
+    branch = run(f"{SHORT_NAMES['sd15']}@bf16")
+    assert branch.stdout.split() == ["tiny", f"{SHORT_NAMES['sd15']}@bf16"], branch.stderr
+    assert "" in handler.branches
+    assert "bf16" in handler.branches
     missing = run("nobody/nothing")
     assert missing.stderr.strip().splitlines()[-1].startswith("FileNotFoundError: nobody/nothing: not on the hub")
     server.shutdown()

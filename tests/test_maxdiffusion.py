@@ -1,16 +1,13 @@
 """Checkpoints of maxdiffusion, written by Orbax as its source writes them; other folders of Orbax are called that."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax.training.train_state import TrainState
 
 import convert
 import sdjax
@@ -18,34 +15,7 @@ from convert.__main__ import main
 from convert.files.source import CheckpointError
 from convert.write import write_diffusers
 from sdjax.models.params import random_params
-from tests.flax_files import LINEAR, MODEL, make_flax, tree_of
-
-
-def write_run(run, folder, steps=(800,), more=None):
-    """A run's checkpoints from a Flax folder that has PyTorch's weights, too; later steps have them doubled.
-
-    With the items, handlers and options of `create_orbax_checkpoint_manager` and `save_checkpoint`: the UNet in
-    training with AdamW, the others without an optimiser.
-    """
-    items = [f"{part}_{kind}" for kind in ("config", "state") for part in ("unet", "vae", "text_encoder")]
-    items += ["scheduler_config", "tokenizer_config", *(more or {})]
-    options = ocp.CheckpointManagerOptions(create=True, save_interval_steps=1, enable_async_checkpointing=True)
-    configs = {part: folder / part / "config.json" for part in ("unet", "vae", "text_encoder")}
-    configs["scheduler"] = folder / "scheduler" / "scheduler_config.json"
-    with ocp.CheckpointManager(run, item_names=tuple(items), options=options) as manager:
-        for times, step in enumerate(steps, 1):
-            saved = {
-                f"{name}_config": ocp.args.JsonSave(json.loads(file.read_text())) for name, file in configs.items()
-            }
-            saved["tokenizer_config"] = ocp.args.JsonSave({"path": "stable-diffusion-v1-5/stable-diffusion-v1-5"})
-            for part in ("unet", "vae", "text_encoder"):
-                params = jax.tree.map(lambda a, times=times: jax.numpy.asarray(a * times), tree_of(folder, part))
-                tx = optax.adamw(1e-5) if part == "unet" else optax.identity()
-                state = TrainState.create(apply_fn=None, params=params, tx=tx)
-                saved[f"{part}_state"] = ocp.args.PyTreeSave(state)
-            manager.save(step, args=ocp.args.Composite(**saved, **(more or {})))
-        manager.wait_until_finished()
-    return run
+from tests.flax_files import LINEAR, MODEL, make_flax, write_run
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +43,10 @@ def assert_same(found, expected):
         assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("inside", ["", "800"])
-def test_a_run_gives_the_bits_of_its_parameters(run, inside):
-    found = convert.read(run / inside)
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/800"])
+def test_a_run_gives_the_bits_of_its_parameters(run, inside, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    found = convert.read(inside)
     assert_same(found.params, random_params(MODEL))
     assert found.config.unet == MODEL.unet
     assert found.config.schedule == MODEL.schedule

@@ -42,9 +42,8 @@ def open_orbax(folder: Path) -> Source:
     import orbax.checkpoint as ocp  # 0.3 s
 
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found: Any = checkpointer.metadata(folder)
-        tree, zarr3 = found.item_metadata.tree, bool(found.item_metadata.use_zarr3)
+        found: Any = ocp.PyTreeCheckpointHandler().metadata(folder.absolute())
+        tree, zarr3 = found.tree, bool(found.use_zarr3)
     except Exception as error:  # Orbax and tensorstore raise almost anything on damaged files
         raise _damaged(folder, error) from None
     skipped: dict[str, str] = {}
