@@ -104,7 +104,8 @@ class Findings:
                 try:
                     check_values(chosen | {name: self.settings[name]})
                 except ValueError as error:
-                    self.leave(f"{name} {self.settings.pop(name):g}", f"left out; {error}")
+                    why = re.sub(r" \(it belongs to [^)]*\)", "", str(error).partition(", found")[0])
+                    self.leave(f"{name} {self.settings.pop(name):g}", f"left out; {why}")
         return tuple(self.lines)
 
 

@@ -31,6 +31,7 @@ from sdjax.request import settings
 NEGATIVE = "Negative prompt:"
 A1111_CFG_PP = 12.5  # what A1111 divides the guidance of CFG++ by
 LEAST_PAIRS = 3
+HASH = r"[0-9a-f]{8,64}"
 
 HARMLESS = {
     *("Version", "App", "Backend", "Created Date", "Civitai metadata", "Time taken", "User", "Comment", "Index"),
@@ -111,6 +112,10 @@ EXTENSIONS = {
     "Regional Prompter": "left out; the prompt holds for the whole picture",
     "RP ": "left out; the prompt holds for the whole picture",
     "SAG ": "left out; guidance is the usual one",
+    "advanced_sampling": "left out; the model's own schedule is used",
+    "dynthres_": "left out; guidance is not clipped",
+    "sag_": "left out; guidance is the usual one",
+    "sd3_": "left out; it is for other kinds of models",
     "Tiled Diffusion": "left out; the picture is made in one piece",
     "Ultimate SD upscale": "left out; it was done to the picture afterwards",
     "UniPC ": "left out; the usual options of UniPC are used",
@@ -304,8 +309,11 @@ def _networks(found: Findings, pairs: dict[str, str]) -> dict[str, str]:
     hashes = dict[str, str]()
     for part in pairs.get("Lora hashes", "").split(","):
         name, colon, digest = part.rpartition(":")
-        if colon and re.fullmatch(r"[0-9a-f]{8,64}", digest.strip().lower()):
+        if colon and re.fullmatch(HASH, digest.strip().lower()):
             hashes[name.strip()] = digest.strip().lower()
+    for name in re.findall(r"<(?:lora|lyco):([^:>]+)", found.settings.get("prompt", "")):
+        if re.fullmatch(HASH, pairs.get(name, "")):  # as some sites write them, without the quotes around
+            hashes[name] = pairs.pop(name)
     learnt = [part.rpartition(":")[0].strip() or part.strip() for part in pairs.pop("TI hashes", "").split(",")]
     learnt += [part.strip() for part in pairs.pop("TI", "").split(",")]
     learnt += [part.rpartition("[")[0].strip() or part.strip() for part in pairs.pop("Used embeddings", "").split(",")]
@@ -372,8 +380,8 @@ def _noise(found: Findings, pairs: dict[str, str], source: str) -> None:
                 found.put(name, whole(text), f"{label}: {text}")
         elif label == "Seed":
             found.leave("Seed", "missing from the text, which may be cut off; 0 is used")
-    if "Seed resize from" in pairs:
-        text = pairs.pop("Seed resize from")
+    text = pairs.pop("Seed resize from", "-1x-1")
+    if not text.startswith(("-1x", "0x")):  # which say that it was not used
         size = size_in(text)
         found.put("seed_size", None if size is None else f"{size[0]}x{size[1]}", f"Seed resize from: {text}")
 
