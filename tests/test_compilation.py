@@ -76,7 +76,14 @@ SIZE = dict(width=16, height=24, clip_skip=0)
 
 @pytest.mark.parametrize(
     ("placement", "asked"),
-    [(HERE, SIZE), (HERE, dict(image="photo", steps=66)), (TWO, SIZE), (HERE, SIZE | dict(tiling=True))],
+    [
+        (HERE, SIZE),
+        (HERE, dict(image="photo", steps=66)),
+        (TWO, SIZE),
+        (HERE, SIZE | dict(tiling=True)),
+        (HERE, SIZE | dict(hires_scale=2)),
+        (HERE, SIZE | dict(hires_scale=2, hires_upscaler="bicubic")),
+    ],
 )
 def test_what_is_compiled_ahead_is_what_runs(placement, asked, tmp_path):
     if "image" in asked:
@@ -88,7 +95,8 @@ def test_what_is_compiled_ahead_is_what_runs(placement, asked, tmp_path):
     programs.cache_clear()
     with compilations() as ahead, compile_in_background() as start:
         start(programs_for(request, MINI, 2, placement=placement).values())
-    names = {"condition", "initial_latents", "sample", "admit", "decode"} | ({"encode"} if "image" in asked else set())
+    names = {"condition", "initial_latents", "sample", "admit", "decode"}
+    names |= {"encode"} if "image" in asked or "hires_upscaler" in asked else set()
     assert names <= set(ahead)
     with compilations() as then:
         requests = [dataclasses.replace(request, seed=seed, steps=1 + seed % 3) for seed in range(9)]

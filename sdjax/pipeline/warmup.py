@@ -16,7 +16,7 @@ from sdjax.models.params import abstract_params, dtype_of
 from sdjax.pipeline import functions
 from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.pipeline import Pipeline
-from sdjax.pipeline.prepare import prepare
+from sdjax.pipeline.prepare import Prepared, prepare
 from sdjax.pipeline.programs import programs_of_kind
 from sdjax.request import Request
 from sdjax.text.prompt import Words
@@ -37,8 +37,9 @@ def programs_for(
 ) -> dict[str, Lower]:
     """The programs that make pictures of a request's shape, by name; each is traced when it is called.
 
-    Those that take longest to compile come first. All is worked out from shapes: there need be no parameters, and the
-    devices of `placement` may be described ones (`jax.experimental.topologies`).
+    Those that take longest to compile come first, and those of a second pass after those of the first. All is worked
+    out from shapes: there need be no parameters, and the devices of `placement` may be described ones
+    (`jax.experimental.topologies`).
 
     batch_size: pictures at once on each device.
     dtype: of the parameters.
@@ -62,7 +63,27 @@ def programs_for(
 
     words = Words(tokenizer or clip_tokenizer(), config.clip.length, vocab_size=2**31)  # only their number counts
     one = prepare(request, config, config.name, words=words, encode=no_latents, sources={})
-    uniform = placement.model_parallel > 1
+    passes = [one] if one.second is None else [one, one.second.one]
+    found: dict[str, Lower] = {}
+    for number, each in enumerate(passes):
+        lowers = _of_pass(each, config, params, batch_size, placement)
+        if number == 0 and one.second is not None and not one.second.sees_picture:
+            del lowers["decode"]  # the second pass starts from latents
+        encodes = request.image is not None or (number == 1 and one.second is not None and one.second.sees_picture)
+        if encodes or config.unet.in_channels == 9:
+            width, height = each.source.size
+            picture = jax.ShapeDtypeStruct((1, height, width, config.vae.image_channels), np.float32)
+            of_model = programs_of_kind(config, placement, tiling=request.tiling)
+            lowers["encode"] = partial(of_model.encode.lower, params, picture)
+        found |= {f"{name} of the second pass" if number else name: lower for name, lower in lowers.items()}
+    return found
+
+
+def _of_pass(
+    one: Prepared, config: ModelConfig, params: Params, batch_size: int, placement: Placement
+) -> dict[str, Lower]:
+    """The programs of one pass, but for that which encodes pictures."""
+    request, uniform = one.request, placement.model_parallel > 1
     batch = assemble([one] * batch_size * placement.data_parallel, config, uniform=uniform)
     condition = partial(jax.eval_shape, partial(functions.condition, config=config, skip=request.clip_skip))
     state = state_of(
@@ -78,10 +99,6 @@ def programs_for(
     if not uniform:
         lowers["admit"] = partial(of_model.admit.lower, state, state, batch.calls)
         lowers["admit_latents"] = partial(of_model.admit.lower, state.carry.x, state.carry.x, batch.calls)
-    if request.image is not None or config.unet.in_channels == 9:
-        width, height = one.source.size
-        picture = jax.ShapeDtypeStruct((1, height, width, config.vae.image_channels), np.float32)
-        lowers["encode"] = partial(of_model.encode.lower, params, picture)
     return lowers
 
 
