@@ -66,7 +66,8 @@ def grid(options: argparse.Namespace) -> int:
 
         made = [entries[line.id]["settings"] for line in lines if line.id in entries]
         shared = grids.shared_texts(made, axes, kind)
-        save_sheet(out / SHEET, draw(layout, shared, pictures()), shared)
+        as_made = layout_of(axes, [(one["width"], one["height"]) for one in made] or sizes)
+        save_sheet(out / SHEET, draw(as_made, shared, pictures()), shared)
 
     status = do_job(
         options,

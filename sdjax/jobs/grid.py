@@ -432,10 +432,11 @@ def grid(
     _, lines = lines_of(
         {"prompt": prompt, **shared}, axes, lambda request: check_request(request, pipe.config, pipe.name)
     )
-    layout = layout_of(axes, [picture_size(line.request, pipe.config) for line in lines])
+    layout_of(axes, [picture_size(line.request, pipe.config) for line in lines])  # or it is refused
     making = pipe.batch((line.request for line in lines), batch_size=batch_size)
     made = {request.id: picture for request, picture in making}
     said: dict[str, Any] = dict(model=pipe.name, dtype="float32")
     recipes = [recipe_of(line.request, pipe.config.sampling, made[line.id], **said) for line in lines]
     texts = shared_texts([dataclasses.asdict(recipe) for recipe in recipes], axes)
-    return draw(layout, texts, (made[line.id] for line in lines))
+    pictures = [made[line.id] for line in lines]
+    return draw(layout_of(axes, [picture.size for picture in pictures]), texts, pictures)

@@ -258,13 +258,11 @@ def _paste(
         pen.text((x + width // 2, y + height // 2), text, fill="gray", font=_font(layout.font), anchor="mm")
         return
     picture = picture.convert("RGB")
-    if layout.scale != 1:
-        fitted = (min(most, round(layout.scale * side)) for side, most in zip(picture.size, layout.cell, strict=True))
-        width_now, height_now = (max(1, side) for side in fitted)
-        how = Image.Resampling.NEAREST if layout.scale > 1 else Image.Resampling.LANCZOS
-        picture = picture.resize((width_now, height_now), how)
-    elif picture.width > width or picture.height > height:
-        picture.thumbnail(layout.cell, Image.Resampling.LANCZOS)
+    factor = min(layout.scale, width / picture.width, height / picture.height)
+    if factor != 1:
+        how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+        fitted = (max(1, round(factor * side)) for side in picture.size)
+        picture = picture.resize((next(fitted), next(fitted)), how)
     sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
 
 
