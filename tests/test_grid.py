@@ -385,3 +385,22 @@ def test_sheets_are_known_by_their_text(here, model, capsys):
         assert image.info[KEY] == "2"
     entries = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
     assert sorted(entry["id"] for entry in entries) == ["x1", "x2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({}, (8, 8)),
+        ({"width": 16, "height": 24}, (16, 24)),
+        ({"hires_scale": 2}, (16, 16)),
+        ({"hires_size": "16x24"}, (16, 24)),
+        ({"image": True}, (20, 12)),
+        ({"image": True, "width": 16, "height": 8}, (16, 8)),
+        ({"image": True, "outpaint": "left=4,top=8"}, (24, 20)),
+    ],
+)
+def test_the_size_of_a_picture_is_known_before_it_is_made(settings, size, tmp_path):
+    Image.new("RGB", (20, 12)).save(tmp_path / "photo.png")
+    if "image" in settings:
+        settings = settings | {"image": tmp_path / "photo.png"}
+    assert grids.picture_size(Request("a", **settings), MINI) == size

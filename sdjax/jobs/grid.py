@@ -26,7 +26,19 @@ from sdjax.jobs.job_file import Line, Rejected, read_lines, seed_of
 from sdjax.jobs.sheet import Texts, draw, layout_of
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.recipe import recipe_of
-from sdjax.request import BATCH, Request, check_request, check_values, ours, parse_size, settings, size_of
+from sdjax.request import (
+    BATCH,
+    Request,
+    check_request,
+    check_values,
+    ours,
+    parse_sides,
+    parse_size,
+    second_pass,
+    settings,
+    size_of,
+    with_defaults,
+)
 from sdjax.text.syntax import lora_of
 
 PICTURES = 10_000
@@ -366,10 +378,14 @@ def in_bytes(count: int) -> str:
 
 def picture_size(request: Request, config: ModelConfig) -> tuple[int, int]:
     """(width, height) of a request's picture. Raises ValueError or OSError as `size_of` and Pillow."""
-    if request.image is None or (request.width, request.height) != (None, None):
+    second = second_pass(with_defaults(request, config.sampling), config)
+    if second is not None:
+        return size_of(second.request, config, None)
+    if request.image is None or (request.only_masked is None and (request.width, request.height) != (None, None)):
         return size_of(request, config, None if request.image is None else (8, 8))
+    sides = parse_sides(request.outpaint)
     with Image.open(str(request.image)) as image:
-        return image.size
+        return image.width + sides.left + sides.right, image.height + sides.top + sides.bottom
 
 
 def shared_size(fields: dict[str, Any], config: ModelConfig) -> tuple[int, int]:
@@ -435,7 +451,7 @@ def grid(
     layout_of(axes, [picture_size(line.request, pipe.config) for line in lines])  # or it is refused
     making = pipe.batch((line.request for line in lines), batch_size=batch_size)
     made = {request.id: picture for request, picture in making}
-    said: dict[str, Any] = dict(model=pipe.name, dtype="float32")
+    said: dict[str, Any] = dict(model=pipe.name, dtype="float32", image_size=pipe.config.image_size)
     recipes = [recipe_of(line.request, pipe.config.sampling, made[line.id], **said) for line in lines]
     texts = shared_texts([dataclasses.asdict(recipe) for recipe in recipes], axes)
     pictures = [made[line.id] for line in lines]
