@@ -1,4 +1,4 @@
-"""Pictures of a training run: a sheet of pictures with captions, and curves; drawn with Pillow alone."""
+"""Sheets of pictures with captions, curves, points and matrices; drawn with Pillow alone."""
 
 from __future__ import annotations
 
@@ -76,6 +76,73 @@ def curves(
             draw.circle(line[0], 3, fill=colour)
         draw.text((left + 6, bottom - 4 - i * TEXT_HEIGHT), name, fill=colour, font=_font(), anchor="ld")
     return image
+
+
+def scatter(
+    groups: Mapping[str, np.ndarray],
+    *,
+    title: str,
+    limit: float,
+    size: tuple[int, int] = (320, 340),
+) -> Image.Image:
+    """A dot for every point f[n, 2] of each of `groups`, both axes from -limit to limit; what is outside is left out."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = 8, 24, size[0] - 8, size[1] - 12
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    draw.text((left, 6), title, fill="black", font=_font())
+    for i, (name, points) in enumerate(groups.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        for x, y in np.asarray(points, np.float64):
+            if max(abs(x), abs(y)) < limit:
+                at = (left + (x / limit + 1) / 2 * (right - left), bottom - (y / limit + 1) / 2 * (bottom - top))
+                draw.circle(at, 1.5, fill=colour)
+        draw.text((left + 6, bottom - 4 - i * TEXT_HEIGHT), name, fill=colour, font=_font(), anchor="ld")
+    return image
+
+
+def matrix(
+    values: np.ndarray,
+    *,
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[Image.Image] = (),
+    cell: int = 32,
+) -> Image.Image:
+    """f[n, m] as squares with their numbers, the darker the larger; a name left of each row, a picture above each column."""
+    values = np.asarray(values, np.float64)
+    low, span = values.min(), np.ptp(values) or 1.0
+    left = 8 + int(max(_font().getlength(name) for name in rows)) + 8
+    top = 24 + (cell if columns else 0)
+    image = Image.new("RGB", (left + cell * values.shape[1] + 8, top + cell * values.shape[0] + 8), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((8, 6), title, fill="black", font=_font())
+    for j, picture in enumerate(columns):
+        image.paste(picture.resize((cell - 2, cell - 2)), (left + j * cell + 1, 24))
+    for i, name in enumerate(rows):
+        draw.text((left - 8, top + (i + 0.5) * cell), name, fill="black", font=_font(), anchor="rm")
+        for j, value in enumerate(values[i]):
+            dark = (value - low) / span
+            colour = tuple(round(255 + dark * (end - 255)) for end in (31, 75, 130))
+            x, y = left + j * cell, top + i * cell
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
+            ink = "white" if dark > 0.5 else "black"
+            draw.text((x + cell / 2, y + cell / 2), f"{value:.2f}", fill=ink, font=ImageFont.load_default(10), anchor="mm")
+    return image
+
+
+def stack(pictures: Sequence[Image.Image], titles: Sequence[str] = ()) -> Image.Image:
+    """Pictures of any size one below the other, each with its title above it."""
+    above = TEXT_HEIGHT + 6 if titles else 0
+    height = sum(picture.height + above for picture in pictures)
+    whole = Image.new("RGB", (max(picture.width for picture in pictures), height), "white")
+    draw, y = ImageDraw.Draw(whole), 0
+    for i, picture in enumerate(pictures):
+        if titles:
+            draw.text((4, y + 5), titles[i], fill="black", font=_font())
+        whole.paste(picture, (0, y + above))
+        y += picture.height + above
+    return whole
 
 
 def _finite(xs: Sequence[float], ys: Sequence[float], log_x: bool, log_y: bool) -> np.ndarray:

@@ -1,0 +1,618 @@
+"""Stable Diffusion from first principles, on the model in the box: each idea with its equation, its code and a picture.
+
+    python examples/walkthrough.py --output walkthrough
+
+writes the pictures into a folder and prints the numbers; a minute on two CPU cores. `examples/walkthrough.ipynb` is the
+same as a notebook (`python examples/make_notebook.py examples/walkthrough.py` makes it). Every claim stands beside an
+`assert`, so that a run that ends has checked them all.
+"""
+
+# ruff: noqa: E402
+
+# %% [markdown]
+# # Stable Diffusion, from a coin to a picture
+#
+# This page builds up Stable Diffusion in eleven steps. Each step has an idea, its equation, the code, and a picture.
+# It uses a small model that comes with sdjax: it draws 64 x 64 pictograms for the names of emoji, and runs on any
+# computer. Everything said here is true of the large models too; they only have more numbers in them.
+#
+# You need Python, school mathematics, and two facts about probability:
+#
+# - An average over random draws of something is written $\mathbb{E}[\dots]$, "the expected value of".
+# - $N(m, s^2)$ is the normal distribution (the bell curve) with mean $m$ and standard deviation $s$. Its square $s^2$ is
+#   called the variance. If $\varepsilon$ is drawn from $N(0, 1)$, then $m + s\,\varepsilon$ is drawn from $N(m, s^2)$.
+#
+# Numbers in brackets after an equation say where it comes from; the list of papers is at the end.
+
+# %% command line
+import argparse
+from pathlib import Path
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--output", type=Path, default=Path("walkthrough"), help="folder for the pictures (walkthrough)")
+folder = parser.parse_args().output
+folder.mkdir(parents=True, exist_ok=True)
+
+# %%
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+import sdjax
+from sdjax.config import BOX_VISION
+from sdjax.diffusion.denoiser import guided, to_denoiser
+from sdjax.diffusion.samplers import SAMPLERS, first_carry, step
+from sdjax.diffusion.schedule import noise_schedule, per_image, q_sample, q_step, start_step
+from sdjax.image import to_array, to_images, to_uint8
+from sdjax.load import BOX_FOLDER
+from sdjax.models.clip import ImageEncoder, TextEncoder
+from sdjax.models.layers import GroupNorm, LayerNorm
+from sdjax.models.unet import Attention, UNet
+from sdjax.models.vae import VAE
+from sdjax.pipeline import functions
+from sdjax.request import Request
+from sdjax.storage.checkpoint import read_tensors
+from sdjax.train.losses import contrastive_loss, diffusion_loss, drop_prompts, unit, variational_bound
+from sdjax.train.plots import curves, matrix, scatter, sheet, stack
+from sdjax.types import Guidance
+
+
+def show(name, picture):
+    """Hands back a picture, which a notebook then shows; keeps it as a file if there is a folder."""
+    if folder is not None:
+        picture.save(folder / f"{name}.png")
+    return picture
+
+
+def normal(seed, *shape):
+    """Draws of N(0, 1); the same seed gives the same draws."""
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+# %% [markdown]
+# ## 0. The model, and what it draws
+#
+# Three networks work together:
+#
+# - The **text encoder** turns a prompt into numbers: here 32 rows of 192.
+# - The **UNet** removes noise. This is where pictures come from; sections 2 to 4 and 8 to 11 are about it.
+# - The **autoencoder** translates between pictures and *latents*. A latent is a smaller array that stands for the
+#   picture: here 8 x 8 positions with 16 numbers each, 1,024 in place of 12,288. The UNet sees only latents.
+#   Section 6 looks at them.
+#
+# We let it draw sixteen pictures. They will be our data from here on.
+
+# %%
+PROMPTS = ["red heart", "cat face", "grinning face", "rocket", "rose", "pizza", "owl", "red apple"]
+PROMPTS += ["woman: red hair", "face with medical mask", "rainbow", "police car"]
+PROMPTS += ["sun behind cloud", "butterfly", "hamburger", "sunflower"]
+STEPS = 10  # calls of the UNet for a picture, times two for guidance
+
+pipe = sdjax.load()
+config, params = pipe.config, pipe.params
+
+
+def draw(requests):
+    """A picture for each request, eight of them at a time."""
+    made = {id(request): picture for request, picture in pipe.batch(requests, batch_size=8)}
+    return [made[id(request)] for request in requests]
+
+
+def enlarged(pictures, size=96):
+    return [picture.resize((size, size), Image.Resampling.NEAREST) for picture in pictures]
+
+
+pictures = draw([Request(prompt, steps=STEPS) for prompt in PROMPTS])
+show("00_drawn", sheet(enlarged(pictures), 8, PROMPTS))
+
+# %% [markdown]
+# Two translators, used all the time below: `decode` makes pictures of latents, `encode` makes latents of pictures.
+
+# %%
+pixels = np.stack([to_array(picture) for picture in pictures])  # [16, 64, 64, 3], each number between -1 and 1
+latents = functions.encode(params, pixels, config=config)  # [16, 8, 8, 16]
+SHAPE = latents.shape[1:]
+
+
+def decode(some):
+    """Pictures of latents [8, 8, 8, 16]."""
+    return to_images(to_uint8(functions.decode(params, some, config=config)))
+
+
+print("pictures", pixels.shape, "latents", latents.shape)
+
+# %% [markdown]
+# ## 1. The joint distribution and the marginal
+#
+# A model of pictures is a probability distribution $p(x)$: how likely is the picture $x$? Nobody can write down such a
+# distribution. The way out is to invent something that we do not see, call it $z$, and to tell how $x$ comes about:
+# first $z$ is drawn, then $x$ given $z$. Models of this kind are called *latent variable models*; latent means hidden.
+#
+# The smallest one: $z$ is a bent coin that shows 0 with probability 0.7 and 1 with probability 0.3. Then $x$ is a single
+# number, drawn from $N(-1, 0.3^2)$ if the coin shows 0, and from $N(+1, 0.3^2)$ if it shows 1.
+#
+# The **joint distribution** says how likely a pair is, the hidden and the visible part together:
+#
+# $$p(x, z) = p(z)\,p(x \mid z)$$
+#
+# The bar is read "given". The **marginal distribution** forgets what we do not see, by adding up all its possibilities:
+#
+# $$p(x) = \sum_z p(x, z)$$
+
+# %%
+P_Z, MEANS, SPREAD = np.array([0.7, 0.3]), np.array([-1.0, 1.0]), 0.3
+
+
+def bell(x, mean, spread):
+    """The density of N(mean, spread^2) at x."""
+    return np.exp(-0.5 * ((x - mean) / spread) ** 2) / (spread * math.sqrt(2 * math.pi))
+
+
+def joint(x):
+    """p(x, z) for both z: f[..., 2]."""
+    return P_Z * bell(x[..., None], MEANS, SPREAD)
+
+
+def marginal(x):
+    return joint(x).sum(-1)
+
+
+rng = np.random.default_rng(0)
+coins = (rng.random(4000) < 0.3).astype(int)  # first z ...
+draws = MEANS[coins] + SPREAD * rng.normal(size=4000)  # ... then x given z
+
+grid = np.linspace(-2.5, 2.5, 101)
+height, edges = np.histogram(draws, 40, (-2.5, 2.5), density=True)
+middle = (edges[1:] + edges[:-1]) / 2
+
+assert abs(np.trapezoid(marginal(grid), grid) - 1) < 1e-3  # it is a distribution: all of it together is 1
+assert np.abs(height - marginal(middle)).max() < 0.1  # and forgetting z is the same as adding it up
+lines = {f"joint p(x, z = {z})": (grid, joint(grid)[:, z]) for z in (0, 1)}
+lines |= {"marginal p(x)": (grid, marginal(grid) + 0.01), "4000 draws of x, z forgotten": (middle, height)}
+show("01_joint", curves(lines, title="a coin z decides where x is drawn", x_label="x"))
+
+# %% [markdown]
+# Going back from $x$ to $z$ is called inference. Having seen $x$, which side did the coin show? That is the **posterior**
+#
+# $$p(z \mid x) = \frac{p(x, z)}{p(x)}$$
+#
+# In Stable Diffusion the visible $x$ is a latent picture, from now on $x_0$, and what is hidden is a whole chain of
+# noisier and noisier versions of it, $x_1, x_2, \dots, x_T$ with $T = 1000$. The joint distribution is then over the chain
+# $x_{0:T}$ (short for $x_0, \dots, x_T$), and $p(x_0)$ is an integral over everything but $x_0$. Nobody can compute that
+# integral. Section 3 shows what can be computed in its place.
+
+# %% [markdown]
+# ## 2. Forward: adding noise, in a chain or in one leap
+#
+# One step of the chain shrinks the latent a little and adds a little noise (Ho et al., eq. 2):
+#
+# $$q(x_t \mid x_{t-1}) = N\!\left(\sqrt{1 - \beta_t}\; x_{t-1},\; \beta_t\right)
+# \qquad\text{or}\qquad x_t = \sqrt{1 - \beta_t}\; x_{t-1} + \sqrt{\beta_t}\;\varepsilon$$
+#
+# The letter $q$ is for what we do to pictures, $p$ for what the model believes. The $\beta_t$ are a fixed list of 1000
+# small numbers, the *noise schedule*. Why shrink? The variance of $x_t$ is $(1 - \beta_t)\cdot$(variance before)$ + \beta_t$:
+# if it was 1, it stays 1.
+#
+# Many steps at once have a **closed form** (Ho et al., eq. 4). With $\bar\alpha_t = (1-\beta_1)(1-\beta_2)\cdots(1-\beta_t)$,
+#
+# $$q(x_t \mid x_0) = N\!\left(\sqrt{\bar\alpha_t}\; x_0,\; 1 - \bar\alpha_t\right)
+# \qquad\text{or}\qquad x_t = \sqrt{\bar\alpha_t}\; x_0 + \sqrt{1 - \bar\alpha_t}\;\varepsilon$$
+#
+# because sums of independent normal numbers are normal, and their variances add up. So $\bar\alpha_t$ is the share of the
+# picture in the variance, and $1 - \bar\alpha_t$ the share of the noise.
+#
+# **One thing about counting**: papers count the noised steps from 1 to 1000. The code counts from 0 to 999. From here on
+# we count as the code does: $t = 0$ has one dose of noise, $t = 999$ a thousand. The clean $x_0$ keeps its name.
+
+# %%
+schedule = noise_schedule(config.schedule)
+T = len(schedule.betas)
+alpha_bar = schedule.alpha_bars
+for t in (0, 99, 299, 499, 699, 999):
+    print(f"t = {t:3}  beta {schedule.betas[t]:.5f}  share of the picture {alpha_bar[t]:.4f}  noise {1 - alpha_bar[t]:.4f}")
+
+variance = 0.0  # of the noise, step by step: shrunk, then added to
+for t in range(T):
+    variance = (1 - schedule.betas[t]) * variance + schedule.betas[t]
+    assert abs(variance - (1 - alpha_bar[t])) < 1e-12  # the closed form
+
+# %% [markdown]
+# The same as an experiment, with the numbers of section 1 in place of pictures: 4,000 of them go through the chain, step
+# by step, and 4,000 leap by the closed form. At every $t$ both must be draws of the same distribution. The two humps of
+# the coin melt into one bell.
+
+# %%
+
+
+@jax.jit
+def chain(x):
+    """q_step a thousand times: every x_t on the way, f[1000, ...]."""
+
+    def one(x, t):
+        x = q_step(schedule, x, jnp.full(len(x), t), jax.random.normal(jax.random.fold_in(jax.random.key(1), t), x.shape))
+        return x, x
+
+    return jax.lax.scan(one, x, jnp.arange(T))[1]
+
+
+def leap(x, t, seed):
+    """q_sample: straight to x_t."""
+    return q_sample(schedule, x, jnp.full(len(x), t), normal(seed, *x.shape))
+
+
+start = jnp.asarray(draws, jnp.float32)[:, None]
+walked, panels = chain(start), []
+for t in (49, 199, 399, 999):
+    a = alpha_bar[t]
+    spread = math.sqrt(a * SPREAD**2 + 1 - a)
+    exact = (P_Z * bell(grid[:, None], math.sqrt(a) * MEANS, spread)).sum(-1)
+    leapt = leap(start, t, seed=t)
+    lines = {"exact": (grid, exact)}
+    for name, x in (("chain", walked[t]), ("closed form", leapt)):
+        lines[name] = (middle, np.histogram(np.asarray(x), 40, (-2.5, 2.5), density=True)[0])
+    panels.append(curves(lines, title=f"t = {t}", x_label="x_t", size=(320, 240)))
+    print(f"t = {t:3}  chain: mean {walked[t].mean():+.3f}, spread {walked[t].std():.3f}", end="   ")
+    print(f"closed form: mean {leapt.mean():+.3f}, spread {leapt.std():.3f}")
+    error = 5 * math.sqrt(2 / len(draws))  # five standard errors of a difference of two means
+    assert abs(walked[t].mean() - leapt.mean()) < error
+    assert abs(walked[t].std() - leapt.std()) < error
+show("02_chain_and_leap", sheet(panels, 2))
+
+# %% [markdown]
+# And with a latent of the cat: above through the chain, below by leaps, both decoded. The noise differs, because it was
+# drawn anew, but at every $t$ there is equally much of it. At the end nothing of the cat is left: the last $x_t$ is as good
+# as pure noise. This is what makes it possible to start from noise later.
+
+# %%
+SHOWN = [0, 49, 99, 199, 299, 499, 699, 999]
+cat = latents[1:2]
+by_chain = chain(cat)[np.array(SHOWN), 0]
+by_leaps = q_sample(schedule, jnp.tile(cat, (8, 1, 1, 1)), jnp.array(SHOWN), normal(2, 8, *SHAPE))
+labels = [f"t = {t}" for t in SHOWN]
+noised = sheet(enlarged(decode(by_chain) + decode(by_leaps)), 8, 2 * labels)
+for t, a, b in zip(SHOWN, by_chain, by_leaps, strict=True):
+    left = [float(np.vdot(x, cat[0]) / np.vdot(cat, cat)) for x in (a, b)]  # how much of the cat is in it
+    print(f"t = {t:3}  of the cat: chain {left[0]:.2f}, closed form {left[1]:.2f}, by the formula {alpha_bar[t] ** 0.5:.2f}")
+    assert max(abs(part - alpha_bar[t] ** 0.5) for part in left) < 5 / np.linalg.norm(cat)
+show("02_noised", noised)
+
+# %% [markdown]
+# ## 3. Backward: removing noise, and the bound
+#
+# If we knew $x_0$, one step back would be easy. Of three normal distributions, everything is known: given $x_t$ and
+# $x_0$, the step before is normal again, with a mean between the two (Ho et al., eq. 6 and 7). For a step from $t$ down to
+# some earlier $s$, with $\alpha = \bar\alpha_t / \bar\alpha_s$ and $\beta = 1 - \alpha$:
+#
+# $$q(x_s \mid x_t, x_0) = N\!\left(\frac{\sqrt{\bar\alpha_s}\,\beta}{1 - \bar\alpha_t}\; x_0
+# + \frac{\sqrt{\alpha}\,(1 - \bar\alpha_s)}{1 - \bar\alpha_t}\; x_t,\;\; \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}\,\beta\right)$$
+#
+# We do not know $x_0$. So a network looks at $x_t$ and guesses: the guess is $\hat x_0$, "x-hat". The model's step back is
+# the same formula with the guess in place of the truth:
+#
+# $$p(x_s \mid x_t) = q(x_s \mid x_t, \hat x_0(x_t))$$
+#
+# That is all that is learnt. The UNet gives its guess in a roundabout way: this one predicts the mixture
+# $v = \sqrt{\bar\alpha_t}\,\varepsilon - \sqrt{1 - \bar\alpha_t}\,x_0$ (others predict $\varepsilon$), and one solves for
+# $\hat x_0 = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1 - \bar\alpha_t}\;v$. Squared errors of $v$, of $\varepsilon$ and of
+# $\hat x_0$ are the same up to a factor, so it makes no difference to the idea.
+
+# %%
+
+
+@jax.jit
+def unet(x, t, context):
+    """The network as papers write it: x_t [8, 8, 8, 16], t [8], encoded prompts [8, 32, 192] -> v."""
+    return UNet(config.unet).apply({"params": params["unet"]}, x, t, context)
+
+
+def context_of(prompts):
+    """Prompts as the UNet reads them, f[b, 32, 192]."""
+    ids = pipe.tokenizer(prompts, config.clip.length, config.clip.pad_token)
+    return functions.encode_text(params["text"], ids, config=config)
+
+
+def x0_hat(x, t, v):
+    a = per_image(jnp.asarray(alpha_bar, jnp.float32)[t], x)
+    return jnp.sqrt(a) * x - jnp.sqrt(1 - a) * v
+
+
+noise, ts = normal(3, 8, *SHAPE), jnp.array(SHOWN)
+x_t = q_sample(schedule, jnp.tile(cat, (8, 1, 1, 1)), ts, noise)
+a = per_image(jnp.asarray(alpha_bar, jnp.float32)[ts], x_t)
+assert np.allclose(x0_hat(x_t, ts, jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * cat), cat, atol=1e-4)  # the right v, the right x_0
+
+guesses = x0_hat(x_t, ts, unet(x_t, ts, context_of(["cat face"] * 8)))
+errors = jnp.square(guesses - cat).mean((1, 2, 3))
+print("squared error of the guess:", *(f"t = {t}: {e:.3f}" for t, e in zip(SHOWN, errors, strict=True)))
+assert errors[0] < errors[3] < errors[-1]
+names = [f"x_t, t = {t}" for t in SHOWN] + [f"its guess of x_0, {t}" for t in SHOWN]
+show("03_guesses", sheet(enlarged(decode(x_t) + decode(guesses)), 8, names))
+
+# %% [markdown]
+# The less noise, the better the guess. With nothing but noise the network does what is best for the squared error: it
+# guesses the average of all it holds possible, which is a blur.
+#
+# Now the reverse process itself. It starts with pure noise. Each step asks for a guess and draws the next $x_s$ around
+# it, a little less noisy, so that the next guess is a little better. (We make 25 large steps in place of 1000 small ones.
+# Section 9 says why that is allowed.)
+
+# %%
+
+
+def reverse_step(x, t, s, guess, noise):
+    """A draw of q(x_s | x_t, x_0) with the guess as x_0; s = -1 is the end, where nothing is left to add."""
+    at, before = alpha_bar[t], alpha_bar[s] if s >= 0 else 1.0
+    alpha = at / before
+    mean = math.sqrt(before) * (1 - alpha) / (1 - at) * guess + math.sqrt(alpha) * (1 - before) / (1 - at) * x
+    return mean + math.sqrt((1 - before) / (1 - at) * (1 - alpha)) * noise
+
+
+def sampled(x, visited, context, each=reverse_step):
+    """From noise to latents over falling timesteps; also every guess on the way."""
+    kept = []
+    for t, s in zip(visited, [*visited[1:], -1], strict=True):
+        guess = x0_hat(x, jnp.full(8, t), unet(x, jnp.full(8, t), context))
+        x = each(x, t, s, guess, normal(1000 + t, *x.shape))
+        kept.append((x, guess))
+    return x, kept
+
+
+eight = context_of(PROMPTS[:8])
+visited = list(range(T - 1, -1, -40))
+_, kept = sampled(normal(4, 8, *SHAPE), visited, eight)
+places = [0, 4, 8, 12, 16, 19, 22, 24]
+way = [jnp.stack([kept[i][k][3] for i in places]) for k in (0, 1)]  # of the fourth prompt, the rocket
+names = [f"x after t = {visited[i]}" for i in places] + [f"guess at t = {visited[i]}" for i in places]
+show("03_reverse", sheet(enlarged(decode(way[0]) + decode(way[1])), 8, names))
+
+# %% [markdown]
+# In sdjax samplers are tables of coefficients, worked out beforehand, in the unit $x_t / \sqrt{\bar\alpha_t}$. The table of
+# "ddpm" holds the formula above. One step of both, to see that they agree:
+
+# %%
+t, s = 519, 479
+sigma = schedule.sigmas[[t, s]]  # the noise in that unit: sqrt((1 - alpha_bar) / alpha_bar)
+row = jax.tree.map(lambda leaf: jnp.float32(leaf[0]), SAMPLERS["ddpm"].rows(schedule, sigma))
+x, guess, fresh = normal(5, 8, *SHAPE), normal(6, 8, *SHAPE), normal(7, 8, *SHAPE)
+theirs = step(lambda x, level: guess, first_carry(x / math.sqrt(alpha_bar[t])), row, fresh).x * math.sqrt(alpha_bar[s])
+difference = float(np.abs(theirs - reverse_step(x, t, s, guess, fresh)).max())
+print(f"sdjax.diffusion.samplers and the formula differ by {difference:.1e}")
+assert difference < 1e-5
+
+# %% [markdown]
+# ### The bound
+#
+# How good is such a model? We would like to know $\log p(x_0)$, the log of the probability that the model gives to real
+# pictures. But $p(x_0)$ was the integral that nobody can compute. The way out fits on one line. For *any* distribution
+# $q(z)$ of the hidden part,
+#
+# $$\log p(x) = \log \sum_z q(z)\,\frac{p(x, z)}{q(z)} \;\ge\; \sum_z q(z) \log \frac{p(x, z)}{q(z)}$$
+#
+# since the log of an average is at least the average of the logs (Jensen's inequality: the log curve bends downwards). The
+# right side is the **evidence lower bound**, ELBO. How much is lost is known, too: it is the
+# *Kullback-Leibler divergence* between $q(z)$ and the true posterior,
+# $\mathrm{KL}(q \,\|\, p) = \sum_z q(z) \log \frac{q(z)}{p(z \mid x)}$, which is never negative, and 0 only where the two
+# are the same.
+#
+# Here it is for the coin, for a number seen at $x = 0.1$. Since $z$ has two values, $q$ is one number: the
+# probability that we give to $z = 1$. The bound touches the truth at the posterior, and nowhere else. (With natural
+# logs the unit is the *nat*. A nat is 1.44 bits.)
+
+# %%
+seen = np.array(0.1)
+truth, posterior = math.log(marginal(seen)), joint(seen)[1] / marginal(seen)
+ones = np.linspace(0.01, 0.99, 99)
+q = np.stack([1 - ones, ones], -1)
+bound = (q * np.log(joint(seen) / q)).sum(-1)
+kl = (q * np.log(q / (joint(seen) / marginal(seen)))).sum(-1)
+print(f"log p(x) = {truth:.3f} nats; posterior of z = 1: {posterior:.3f}; best bound {bound.max():.3f}")
+assert (bound <= truth).all()
+assert abs(ones[bound.argmax()] - posterior) < 0.01
+assert np.allclose(truth - bound, kl)  # what is lost
+lines = {"ELBO": (ones, bound), "log p(x)": (ones, np.full(99, truth)), "the posterior": ([posterior] * 2, [bound.min(), truth])}
+show("03_elbo", curves(lines, title="nats; the bound for every q", x_label="q(z = 1)", size=(480, 320)))
+
+# %% [markdown]
+# For the chain the hidden part is $x_{1:T}$, the distribution $q$ of it is the forward process, and the bound falls apart
+# into one term for each step (Ho et al., eq. 5). Turned around, so that small is good:
+#
+# $$-\log p(x_0) \;\le\; \underbrace{\mathrm{KL}\big(q(x_T \mid x_0) \,\|\, N(0,1)\big)}_{\text{prior}}
+# + \sum_t \underbrace{\mathbb{E}\,\mathrm{KL}\big(q(x_{t-1} \mid x_t, x_0) \,\|\, p(x_{t-1} \mid x_t)\big)}_{\text{one step}}
+# \; \underbrace{-\; \mathbb{E}\log p(x_0 \mid x_1)}_{\text{reconstruction}}$$
+#
+# Each step compares two normal distributions of the same variance, so its KL is a squared difference of means. Written
+# with the signal-to-noise ratio $\mathrm{SNR}_t = \bar\alpha_t / (1 - \bar\alpha_t)$ it is
+# $\tfrac12(\mathrm{SNR}_{t-1} - \mathrm{SNR}_t)\,(x_0 - \hat x_0)^2$. **That is why training a diffusion model is nothing but
+# guessing $x_0$ with a small squared error.**
+#
+# With the coin we can check it. There the best possible guess can be worked out on paper (it is the average of $x_0$ given
+# $x_t$), and so can $p(x_0)$. The bound must lie above $-\log p(x_0)$, and come nearer with more steps.
+
+# %%
+
+
+def ideal(x, t, context):
+    """The best v for the coin: E[x_0 | x_t], weighed by the posterior of the coin."""
+    a = per_image(jnp.asarray(alpha_bar, jnp.float32)[t], x)[..., None]
+    apart, spread2 = x[..., None] - jnp.sqrt(a) * MEANS, a * SPREAD**2 + 1 - a
+    sides = jax.nn.softmax(jnp.log(P_Z) - 0.5 * apart**2 / spread2, axis=-1)
+    guess = (sides * (MEANS + jnp.sqrt(a) * SPREAD**2 / spread2 * apart)).sum(-1)
+    a = a[..., 0]
+    return (jnp.sqrt(a) * x - guess) / jnp.sqrt(1 - a)
+
+
+truth = -np.log(marginal(draws)).mean()
+losses = []
+for count in (50, 200, 1000):
+    chosen = np.linspace(0, T - 1, count).round().astype(int)
+    x = jnp.asarray(draws, jnp.float32).reshape(-1, 1, 1, 1)
+    terms = variational_bound(ideal, schedule, x, None, jax.random.key(0), prediction="v", timesteps=chosen)
+    losses.append(float(terms["total"].mean()))
+    print(f"{count:4} steps: bound {losses[-1]:.3f} nats, -log p(x_0) = {truth:.3f}")
+assert losses[0] > losses[1] > losses[2] > truth
+assert losses[2] - truth < 0.5
+
+# %% [markdown]
+# Now the UNet, on eight latents, with 50 steps; all numbers are per number of the latent. It is asked three times: with
+# the right prompts, with the prompts of other pictures, and not at all. The last answers $v = 0$ to everything,
+# which would be ideal if latents were pure $N(0, 1)$ noise. What lies between is what the network knows about pictures,
+# and what the right words add to it.
+
+# %%
+chosen = np.linspace(0, T - 1, 50).round().astype(int)
+
+
+@jax.jit
+def bounded(context, used):
+    """The terms of the bound for the first eight latents; used = 0 answers v = 0."""
+
+    def predict(x, t, context):
+        return used * UNet(config.unet).apply({"params": params["unet"]}, x, t, context)
+
+    key = jax.random.key(8)
+    return variational_bound(predict, schedule, latents[:8], context, key, prediction="v", timesteps=chosen)
+
+
+asked = {"v = 0": (eight, 0.0), "wrong prompts": (jnp.roll(eight, 1, axis=0), 1.0), "right prompts": (eight, 1.0)}
+found = {name: bounded(*arguments) for name, arguments in asked.items()}
+for name, terms in found.items():
+    parts = [float(terms[part].mean()) for part in ("prior", "reconstruction", "total")]
+    print(f"{name:13}  prior {parts[0]:.4f}, reconstruction {parts[1]:.2f}, in all {parts[2]:.2f} nats")
+total = {name: np.asarray(terms["total"]) for name, terms in found.items()}
+assert (total["right prompts"] < total["v = 0"]).all()
+assert total["right prompts"].mean() < total["wrong prompts"].mean()
+lines = {name: (chosen[1:], terms["diffusion"].mean(0)) for name, terms in found.items()}
+show("03_bound", curves(lines, title="nats of one step: KL(q(x_s | x_t, x_0) || p(x_s | x_t))", x_label="t", log_y=True))
+
+# %% [markdown]
+# ## 4. Classifier-free guidance
+#
+# The UNet takes the prompt $c$ and believes in pictures from $p(x \mid c)$. People want more: pictures that
+# show the prompt *clearly*. By Bayes' rule, how clearly $x$ shows $c$ is $p(c \mid x) \propto p(x \mid c) / p(x)$. So ask the
+# network twice, with the prompt and with an empty one, and go further in the direction from the second answer
+# to the first (Ho & Salimans, eq. 6):
+#
+# $$\hat v = v(\text{empty}) + w\,\big(v(c) - v(\text{empty})\big)$$
+#
+# With $w = 0$ the prompt is ignored, $w = 1$ is the plain model, and more exaggerates. In sdjax this is
+# `sdjax.diffusion.denoiser.guided`, and $w$ is the setting `guidance`.
+
+# %%
+WEIGHTS = [0, 1, 2, 3, 4, 6, 10, 20]
+requests = [Request(prompt, steps=STEPS, guidance=w, seed=3) for prompt in ("owl", "police car") for w in WEIGHTS]
+guided_pictures = draw(requests)
+show("04_guidance", sheet(enlarged(guided_pictures), 8, [f"{r.prompt}, w = {r.guidance:g}" for r in requests]))
+
+# %% [markdown]
+# At $w = 0$ both prompts give the same picture, because nobody reads them. A moderate $w$ draws what was asked for. A large one
+# exaggerates colours and contrast, and at last breaks the picture: it is far from everything that the model has seen.
+
+# %%
+apart = [np.abs(np.asarray(a, float) - np.asarray(b)).mean() for a, b in zip(guided_pictures[:8], guided_pictures[8:], strict=True)]
+contrast = [float(np.asarray(picture, float).std()) for picture in guided_pictures[:8]]
+print("difference between the prompts:", *(f"w = {w}: {d:.1f}" for w, d in zip(WEIGHTS, apart, strict=True)))
+print("contrast of the owl:", *(f"w = {w}: {c:.0f}" for w, c in zip(WEIGHTS, contrast, strict=True)))
+assert apart[0] < 1 < apart[4]
+
+# %% [markdown]
+# ### What guidance needs: the dropped prompt
+#
+# Why should the network have a sensible answer to an empty prompt? Only because it was taught one: in training, each prompt
+# is replaced by the empty one with a probability of about 0.1 (`sdjax.train.losses.drop_prompts`). What if one
+# forgets? We train two tiny networks, for some seconds each. Their "pictures" are points in the plane in three
+# heaps, and the "prompt" is the number of the heap. One sees prompts dropped in 15 of 100 cases, the other never.
+
+# %%
+HEAPS = np.array([[0, 1.2], [-1.04, -0.6], [1.04, -0.6]], np.float32)
+WAVES = np.pi / T * np.array([1.0, 2.0, 4.0, 8.0])
+PROMPT_OF = jnp.eye(4)[:, None]  # three heaps, and the empty prompt as the fourth
+
+
+def small_network(weights, x, t, context):
+    """A point, t as waves, and a prompt -> v, through three layers."""
+    angles = t[:, None] * WAVES
+    h = jnp.concatenate([x[:, 0, 0], jnp.sin(angles), jnp.cos(angles), context[:, 0]], axis=-1)
+    for kernel, shift in weights[:-1]:
+        h = nn.silu(h @ kernel + shift)
+    return (h @ weights[-1][0] + weights[-1][1])[:, None, None]
+
+
+@jax.jit
+def trained(dropped):
+    """The weights after 1500 updates, each with 256 points."""
+    sizes, key = [2 + 8 + 4, 96, 96, 96, 2], jax.random.key(9)
+    pairs = zip(sizes, sizes[1:], strict=False)
+    weights = [(jax.random.normal(jax.random.fold_in(key, i), (i, o)) * i**-0.5, jnp.zeros(o)) for i, o in pairs]
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 1500))
+
+    def update(carry, key):
+        weights, state = carry
+        which, where, drop, rest = jax.random.split(key, 4)
+        heap = jax.random.randint(which, (256,), 0, 3)
+        x = (jnp.asarray(HEAPS)[heap] + 0.15 * jax.random.normal(where, (256, 2)))[:, None, None]
+        context = drop_prompts(PROMPT_OF[heap], PROMPT_OF[3], drop, dropped)
+
+        def loss(weights):
+            predict = lambda x, t, context: small_network(weights, x, t, context)  # noqa: E731
+            return diffusion_loss(predict, schedule, x, context, rest, prediction="v")[0]
+
+        change, state = optimizer.update(jax.grad(loss)(weights), state)
+        return (optax.apply_updates(weights, change), state), None
+
+    return jax.lax.scan(update, (weights, optimizer.init(weights)), jax.random.split(key, 1500))[0][0]
+
+
+@jax.jit
+def guided_points(weights, w):
+    """600 points, 200 for each prompt, by 50 steps of DDIM with guidance w."""
+    given = PROMPT_OF[jnp.arange(600) % 3]
+    empty = jnp.broadcast_to(PROMPT_OF[3], given.shape)
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), SAMPLERS["ddim"].rows(schedule, schedule.levels(50)))
+    every = Guidance(scale=jnp.full(50, w), rescale=jnp.zeros(50), used=jnp.ones(50, bool))
+    rows = rows._replace(levels=rows.levels._replace(guidance=every))
+
+    def one(which, x, level):
+        return small_network(weights, x, jnp.full(600, level.t), jnp.where(which == 1, given, empty))
+
+    def pair(x, level):
+        return jnp.concatenate([one(0, x, level), one(1, x, level)])
+
+    denoise = to_denoiser(guided(pair, one), "v")
+    x = normal(10, 600, 1, 1, 2) * math.sqrt(schedule.sigmas[-1] ** 2 + 1)
+    last, _ = jax.lax.scan(lambda carry, row: (step(denoise, carry, row, jnp.zeros_like(x)), None), first_carry(x), rows)
+    return last.x[:, 0, 0]
+
+
+panels, hits = [], {}
+for name, dropped in (("dropped in 15 of 100", 0.15), ("never dropped", 0.0)):
+    weights = trained(dropped)
+    for w in (1.0, 3.0):
+        points = np.asarray(guided_points(weights, w))
+        hits[name, w] = (np.linalg.norm(points - HEAPS[np.arange(600) % 3], axis=1) < 0.45).mean()
+        groups = {f"prompt {i}": points[i::3] for i in range(3)}
+        panels.append(scatter(groups, title=f"{name}, w = {w:g}: {hits[name, w]:.0%} in their heap", limit=5))
+assert min(hits["dropped in 15 of 100", 1.0], hits["never dropped", 1.0]) > 0.95
+assert hits["dropped in 15 of 100", 3.0] > 0.8
+assert hits["never dropped", 3.0] < 0.2
+show("04_dropped", sheet(panels, 4))
+
+# %% [markdown]
+# Without guidance both are right. With it, the second sends its points away from the heaps: its answer to a
+# prompt that it has never seen is arbitrary, and guidance multiplies the difference to it.
+#
+# The model in the box was taught the empty prompt. We can break it in the same way, and give it for the second
+# answer something that it was never taught: random numbers in place of the encoded empty prompt.
+
+# %%
+nonsense = np.asarray(normal(11, config.clip.length, config.clip.width)) * float(eight.std())
+requests = [Request("owl", "", steps=STEPS, guidance=w, seed=3) for w in (1, 2, 4, 6)]
+requests += [Request("owl", nonsense, steps=STEPS, guidance=w, seed=3) for w in (1, 2, 4, 6)]
+right_and_wrong = draw(requests)
+names = [f"{kind}, w = {w}" for kind in ("empty prompt", "nonsense") for w in (1, 2, 4, 6)]
+show("04_wrong_unconditional", sheet(enlarged(right_and_wrong), 8, names))
+assert right_and_wrong[0].tobytes() == right_and_wrong[4].tobytes()  # at w = 1 the second answer has no weight
