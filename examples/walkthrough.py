@@ -103,7 +103,7 @@ def draw(requests):
     return [made[id(request)] for request in requests]
 
 
-def enlarged(pictures, size=96):
+def enlarged(pictures, size=112):
     return [picture.resize((size, size), Image.Resampling.NEAREST) for picture in pictures]
 
 
@@ -134,7 +134,7 @@ print("pictures", pixels.shape, "latents", latents.shape)
 # first $z$ is drawn, then $x$ given $z$. Models of this kind are called *latent variable models*; latent means hidden.
 #
 # The smallest one: $z$ is a bent coin that shows 0 with probability 0.7 and 1 with probability 0.3. Then $x$ is a single
-# number, drawn from $N(-1, 0.3^2)$ if the coin shows 0, and from $N(+1, 0.3^2)$ if it shows 1.
+# number, drawn from $N(-1, 0.5^2)$ if the coin shows 0, and from $N(+1, 0.5^2)$ if it shows 1.
 #
 # The **joint distribution** says how likely a pair is, the hidden and the visible part together:
 #
@@ -145,7 +145,7 @@ print("pictures", pixels.shape, "latents", latents.shape)
 # $$p(x) = \sum_z p(x, z)$$
 
 # %%
-P_Z, MEANS, SPREAD = np.array([0.7, 0.3]), np.array([-1.0, 1.0]), 0.3
+P_Z, MEANS, SPREAD = np.array([0.7, 0.3]), np.array([-1.0, 1.0]), 0.5
 
 
 def bell(x, mean, spread):
@@ -173,7 +173,7 @@ middle = (edges[1:] + edges[:-1]) / 2
 assert abs(np.trapezoid(marginal(grid), grid) - 1) < 1e-3  # it is a distribution: all of it together is 1
 assert np.abs(height - marginal(middle)).max() < 0.1  # and forgetting z is the same as adding it up
 lines = {f"joint p(x, z = {z})": (grid, joint(grid)[:, z]) for z in (0, 1)}
-lines |= {"marginal p(x)": (grid, marginal(grid) + 0.01), "4000 draws of x, z forgotten": (middle, height)}
+lines |= {"marginal p(x)": (grid, marginal(grid)), "4000 draws of x, z forgotten": (middle, height)}
 show("01_joint", curves(lines, title="a coin z decides where x is drawn", x_label="x"))
 
 # %% [markdown]
@@ -214,7 +214,9 @@ schedule = noise_schedule(config.schedule)
 T = len(schedule.betas)
 alpha_bar = schedule.alpha_bars
 for t in (0, 99, 299, 499, 699, 999):
-    print(f"t = {t:3}  beta {schedule.betas[t]:.5f}  share of the picture {alpha_bar[t]:.4f}  noise {1 - alpha_bar[t]:.4f}")
+    print(
+        f"t = {t:3}  beta {schedule.betas[t]:.5f}  share of the picture {alpha_bar[t]:.4f}  noise {1 - alpha_bar[t]:.4f}"
+    )
 
 variance = 0.0  # of the noise, step by step: shrunk, then added to
 for t in range(T):
@@ -234,7 +236,9 @@ def chain(x):
     """q_step a thousand times: every x_t on the way, f[1000, ...]."""
 
     def one(x, t):
-        x = q_step(schedule, x, jnp.full(len(x), t), jax.random.normal(jax.random.fold_in(jax.random.key(1), t), x.shape))
+        x = q_step(
+            schedule, x, jnp.full(len(x), t), jax.random.normal(jax.random.fold_in(jax.random.key(1), t), x.shape)
+        )
         return x, x
 
     return jax.lax.scan(one, x, jnp.arange(T))[1]
@@ -277,7 +281,9 @@ labels = [f"t = {t}" for t in SHOWN]
 noised = sheet(enlarged(decode(by_chain) + decode(by_leaps)), 8, 2 * labels)
 for t, a, b in zip(SHOWN, by_chain, by_leaps, strict=True):
     left = [float(np.vdot(x, cat[0]) / np.vdot(cat, cat)) for x in (a, b)]  # how much of the cat is in it
-    print(f"t = {t:3}  of the cat: chain {left[0]:.2f}, closed form {left[1]:.2f}, by the formula {alpha_bar[t] ** 0.5:.2f}")
+    print(
+        f"t = {t:3}  of the cat: chain {left[0]:.2f}, closed form {left[1]:.2f}, by the formula {alpha_bar[t] ** 0.5:.2f}"
+    )
     assert max(abs(part - alpha_bar[t] ** 0.5) for part in left) < 5 / np.linalg.norm(cat)
 show("02_noised", noised)
 
@@ -324,18 +330,21 @@ def x0_hat(x, t, v):
 noise, ts = normal(3, 8, *SHAPE), jnp.array(SHOWN)
 x_t = q_sample(schedule, jnp.tile(cat, (8, 1, 1, 1)), ts, noise)
 a = per_image(jnp.asarray(alpha_bar, jnp.float32)[ts], x_t)
-assert np.allclose(x0_hat(x_t, ts, jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * cat), cat, atol=1e-4)  # the right v, the right x_0
+assert np.allclose(
+    x0_hat(x_t, ts, jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * cat), cat, atol=1e-4
+)  # the right v, the right x_0
 
 guesses = x0_hat(x_t, ts, unet(x_t, ts, context_of(["cat face"] * 8)))
 errors = jnp.square(guesses - cat).mean((1, 2, 3))
 print("squared error of the guess:", *(f"t = {t}: {e:.3f}" for t, e in zip(SHOWN, errors, strict=True)))
 assert errors[0] < errors[3] < errors[-1]
-names = [f"x_t, t = {t}" for t in SHOWN] + [f"its guess of x_0, {t}" for t in SHOWN]
+names = [f"x_t, t = {t}" for t in SHOWN] + [f"guess, t = {t}" for t in SHOWN]
 show("03_guesses", sheet(enlarged(decode(x_t) + decode(guesses)), 8, names))
 
 # %% [markdown]
 # The less noise, the better the guess. With nothing but noise the network does what is best for the squared error: it
-# guesses the average of all it holds possible, which is a blur.
+# guesses the average of all that the prompt leaves possible. A large model has seen thousands of cats, and its average is a
+# blur. Ours knows a single cat face, and so it guesses that one from the start.
 #
 # Now the reverse process itself. It starts with pure noise. Each step asks for a guess and draws the next $x_s$ around
 # it, a little less noisy, so that the next guess is a little better. (We make 25 large steps in place of 1000 small ones.
@@ -414,7 +423,11 @@ print(f"log p(x) = {truth:.3f} nats; posterior of z = 1: {posterior:.3f}; best b
 assert (bound <= truth).all()
 assert abs(ones[bound.argmax()] - posterior) < 0.01
 assert np.allclose(truth - bound, kl)  # what is lost
-lines = {"ELBO": (ones, bound), "log p(x)": (ones, np.full(99, truth)), "the posterior": ([posterior] * 2, [bound.min(), truth])}
+lines = {
+    "ELBO": (ones, bound),
+    "log p(x)": (ones, np.full(99, truth)),
+    "the posterior": ([posterior] * 2, [bound.min(), truth]),
+}
 show("03_elbo", curves(lines, title="nats; the bound for every q", x_label="q(z = 1)", size=(480, 320)))
 
 # %% [markdown]
@@ -487,7 +500,9 @@ total = {name: np.asarray(terms["total"]) for name, terms in found.items()}
 assert (total["right prompts"] < total["v = 0"]).all()
 assert total["right prompts"].mean() < total["wrong prompts"].mean()
 lines = {name: (chosen[1:], terms["diffusion"].mean(0)) for name, terms in found.items()}
-show("03_bound", curves(lines, title="nats of one step: KL(q(x_s | x_t, x_0) || p(x_s | x_t))", x_label="t", log_y=True))
+show(
+    "03_bound", curves(lines, title="nats of one step: KL(q(x_s | x_t, x_0) || p(x_s | x_t))", x_label="t", log_y=True)
+)
 
 # %% [markdown]
 # ## 4. Classifier-free guidance
@@ -513,7 +528,10 @@ show("04_guidance", sheet(enlarged(guided_pictures), 8, [f"{r.prompt}, w = {r.gu
 # exaggerates colours and contrast, and at last breaks the picture: it is far from everything that the model has seen.
 
 # %%
-apart = [np.abs(np.asarray(a, float) - np.asarray(b)).mean() for a, b in zip(guided_pictures[:8], guided_pictures[8:], strict=True)]
+apart = [
+    np.abs(np.asarray(a, float) - np.asarray(b)).mean()
+    for a, b in zip(guided_pictures[:8], guided_pictures[8:], strict=True)
+]
 contrast = [float(np.asarray(picture, float).std()) for picture in guided_pictures[:8]]
 print("difference between the prompts:", *(f"w = {w}: {d:.1f}" for w, d in zip(WEIGHTS, apart, strict=True)))
 print("contrast of the owl:", *(f"w = {w}: {c:.0f}" for w, c in zip(WEIGHTS, contrast, strict=True)))
@@ -572,7 +590,9 @@ def guided_points(weights, w):
     """600 points, 200 for each prompt, by 50 steps of DDIM with guidance w."""
     given = PROMPT_OF[jnp.arange(600) % 3]
     empty = jnp.broadcast_to(PROMPT_OF[3], given.shape)
-    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), SAMPLERS["ddim"].rows(schedule, schedule.levels(50)))
+    rows = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.float32), SAMPLERS["ddim"].rows(schedule, schedule.levels(50))
+    )
     every = Guidance(scale=jnp.full(50, w), rescale=jnp.zeros(50), used=jnp.ones(50, bool))
     rows = rows._replace(levels=rows.levels._replace(guidance=every))
 
@@ -584,7 +604,9 @@ def guided_points(weights, w):
 
     denoise = to_denoiser(guided(pair, one), "v")
     x = normal(10, 600, 1, 1, 2) * math.sqrt(schedule.sigmas[-1] ** 2 + 1)
-    last, _ = jax.lax.scan(lambda carry, row: (step(denoise, carry, row, jnp.zeros_like(x)), None), first_carry(x), rows)
+    last, _ = jax.lax.scan(
+        lambda carry, row: (step(denoise, carry, row, jnp.zeros_like(x)), None), first_carry(x), rows
+    )
     return last.x[:, 0, 0]
 
 
@@ -594,12 +616,12 @@ for name, dropped in (("dropped in 15 of 100", 0.15), ("never dropped", 0.0)):
     for w in (1.0, 3.0):
         points = np.asarray(guided_points(weights, w))
         hits[name, w] = (np.linalg.norm(points - HEAPS[np.arange(600) % 3], axis=1) < 0.45).mean()
-        groups = {f"prompt {i}": points[i::3] for i in range(3)}
-        panels.append(scatter(groups, title=f"{name}, w = {w:g}: {hits[name, w]:.0%} in their heap", limit=5))
+        groups = {f"asked for heap {i}": points[i::3] for i in range(3)}
+        panels.append(scatter(groups, title=f"{name}, w = {w:g}: {hits[name, w]:.0%} in their heap", limit=4.5))
 assert min(hits["dropped in 15 of 100", 1.0], hits["never dropped", 1.0]) > 0.95
 assert hits["dropped in 15 of 100", 3.0] > 0.8
 assert hits["never dropped", 3.0] < 0.2
-show("04_dropped", sheet(panels, 4))
+show("04_dropped", sheet(panels, 2))
 
 # %% [markdown]
 # Without guidance both are right. With it, the second sends its points away from the heaps: its answer to a
@@ -613,6 +635,416 @@ nonsense = np.asarray(normal(11, config.clip.length, config.clip.width)) * float
 requests = [Request("owl", "", steps=STEPS, guidance=w, seed=3) for w in (1, 2, 4, 6)]
 requests += [Request("owl", nonsense, steps=STEPS, guidance=w, seed=3) for w in (1, 2, 4, 6)]
 right_and_wrong = draw(requests)
-names = [f"{kind}, w = {w}" for kind in ("empty prompt", "nonsense") for w in (1, 2, 4, 6)]
+names = [f"{kind}, w = {w}" for kind in ("empty", "nonsense") for w in (1, 2, 4, 6)]
 show("04_wrong_unconditional", sheet(enlarged(right_and_wrong), 8, names))
 assert right_and_wrong[0].tobytes() == right_and_wrong[4].tobytes()  # at w = 1 the second answer has no weight
+
+# %% [markdown]
+# ## 5. CLIP: one space for pictures and words
+#
+# How did the text encoder learn what words look like? It was trained together with an image encoder, on pictures with
+# captions. Each of the two ends in a vector of 192 numbers. Scaled to length 1, the product of a text vector $u_i$ and a
+# picture vector $w_j$ is the cosine of the angle between them: 1 if they point the same way. The training makes the matrix of
+# all products large on its diagonal, where caption and picture belong together, and small elsewhere. With logits
+# $\ell_{ij} = s\,u_i \cdot w_j$ and a learnt factor $s$, the loss is (Radford et al., figure 3)
+#
+# $$-\frac{1}{2n} \sum_i \left( \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ij}}} + \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ji}}} \right)$$
+#
+# In words: find the right picture for each caption, and the right caption for each picture. The image encoder is not
+# needed for drawing, but the box carries it. (An honest remark: our pictures were drawn by a UNet that reads this very
+# text encoder. But the image encoder knows nothing of the UNet; it has only ever seen real emoji.)
+
+# %%
+tower = jax.tree.map(
+    lambda leaf: jnp.asarray(leaf, jnp.float32), read_tensors(BOX_FOLDER / "image_encoder.safetensors")
+)
+
+
+@jax.jit
+def embedded(pixels, ids):
+    """Pictures and their captions as vectors f[n, 192] of one space."""
+    return (
+        ImageEncoder(BOX_VISION).apply({"params": tower}, pixels),
+        TextEncoder(config.clip).apply({"params": params["text"]}, ids).pooled,
+    )
+
+
+ids = pipe.tokenizer(PROMPTS, config.clip.length, config.clip.pad_token)
+of_pictures, of_texts = embedded(pixels, ids)
+cosines = np.asarray(unit(of_texts) @ unit(of_pictures).T)
+loss, metrics = contrastive_loss(of_pictures, of_texts, params["text"]["logit_scale"])
+print(
+    f"loss {loss:.3f} nats, by chance {math.log(len(PROMPTS)):.3f}; right caption found for {metrics['accuracy']:.0%}"
+)
+assert (cosines.argmax(axis=1) == np.arange(16)).mean() > 0.9  # the diagonal is the largest of its row ...
+assert (cosines.argmax(axis=0) == np.arange(16)).mean() > 0.9  # ... and of its column
+assert loss < 0.5
+show(
+    "05_clip",
+    matrix(cosines, title="cosine of every caption with every picture", rows=PROMPTS, columns=pictures, cell=38),
+)
+
+# %% [markdown]
+# ## 6. Latents, and walks among them
+#
+# The autoencoder is a latent variable model, as in section 1: the hidden part is the latent $z$, and the encoder
+# gives the distribution $q(z \mid x) = N(m(x), s(x)^2)$ of latents for a picture $x$. It was trained with the same bound
+# (Kingma & Welling, eq. 10). The decoder goes back. Three questions:
+#
+# *Is anything lost?* A little: we compare each picture with what comes back. PSNR is the squared error on a logarithmic scale, in
+# decibels: 20 dB is a typical error of one tenth of the range, 30 dB of one thirtieth.
+
+# %%
+back = decode(latents[:8])
+mse = [np.square(to_array(a) - to_array(b)).mean() for a, b in zip(pictures[:8], back, strict=True)]
+psnr = -10 * np.log10(np.array(mse) / 4)  # pixels go from -1 to 1
+posterior = jax.jit(lambda x: VAE(config.vae).apply({"params": params["vae"]}, x, method="encode"))(pixels[:8])
+print("there and back:", *(f"{value:.1f} dB" for value in psnr))
+print(
+    f"latents: spread {latents.std():.2f}; the encoder's own uncertainty s(x): {jnp.exp(posterior.logvar / 2).mean():.3f}"
+)
+assert psnr.min() > 20
+show("06_there_and_back", sheet(enlarged(pictures[:8] + back), 8, [*PROMPTS[:8], *["and back"] * 8]))
+
+# %% [markdown]
+# *What do the numbers mean?* Here are the 16 numbers at each of the 8 x 8 positions of the cat, as 16 little maps, dark for small
+# and bright for large. They are not colours, but they lie where the cat lies: a latent is still a picture of some kind.
+
+# %%
+
+
+def grey(values, low, high):
+    """f[h, w] as a grey picture."""
+    level = np.clip((np.asarray(values, float) - low) / (high - low), 0, 1)
+    return Image.fromarray(np.uint8(255 * level)).convert("RGB")
+
+
+channels = [grey(latents[1, :, :, c], -2.5, 2.5) for c in range(16)]
+show("06_channels", sheet(enlarged(channels), 8, [f"number {c}" for c in range(16)]))
+
+# %% [markdown]
+# *What lies between two latents?* We walk in a straight line from one to another and decode on the way. Halfway between two
+# latents is something like two pictures laid over each other. The autoencoder knows how to keep details
+# small, not what pictures mean.
+#
+# The UNet knows. So let us walk between two *noises*, with the same prompt, and draw a picture from each. Here a straight line
+# fails: halfway between two independent noises the spread is $\sqrt{0.5^2 + 0.5^2} = 0.71$ in place of 1, and the UNet
+# takes the missing noise for a missing picture. The way around is along the sphere (**slerp**): with
+# the angle $\theta$ between $a$ and $b$,
+#
+# $$\mathrm{slerp}(a, b; f) = \frac{\sin((1 - f)\,\theta)}{\sin\theta}\,a + \frac{\sin(f\,\theta)}{\sin\theta}\,b$$
+
+# %%
+
+
+def slerp(a, b, f):
+    angle = math.acos(float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)))
+    return (math.sin((1 - f) * angle) * a + math.sin(f * angle) * b) / math.sin(angle)
+
+
+FRACTIONS = np.linspace(0, 1, 8)
+straight = jnp.stack([(1 - f) * latents[1] + f * latents[6] for f in FRACTIONS])
+first, last = np.asarray(normal(12, *SHAPE)), np.asarray(normal(13, *SHAPE))
+lines = np.stack([(1 - f) * first + f * last for f in FRACTIONS])
+arcs = np.stack([slerp(first, last, f) for f in FRACTIONS])
+print(f"spread halfway: straight {lines[3:5].std():.2f}, slerp {arcs[3:5].std():.2f}")
+assert lines[3:5].std() < 0.75
+assert abs(arcs[3:5].std() - 1) < 0.05
+walks = decode(straight)
+for noise in (lines, arcs):
+    walks += draw([Request("butterfly", steps=STEPS, noise=one) for one in noise])
+names = [f"{kind} {f:.2f}" for kind in ("latents", "noise, line", "noise, slerp") for f in FRACTIONS]
+show("06_walks", sheet(enlarged(walks), 8, names))
+
+# %% [markdown]
+# ## 7. Looking inside: group and layer normalisation
+#
+# Deep networks learn badly when the numbers in them grow or shrink from layer to layer. A **normalisation** sets
+# them right: subtract a mean $\mu$, divide by a standard deviation, then multiply by a learnt $\gamma$ and add a learnt $\beta$:
+#
+# $$y = \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
+#
+# The kinds differ only in what $\mu$ and $\sigma$ are averaged *over*. Take an array of pictures x positions x channels.
+#
+# - **Group normalisation** (the residual blocks of UNet and autoencoder): the channels are divided into groups. One mean for
+#   each picture and group, over all positions and the group's channels.
+# - **Layer normalisation** (all transformers): one mean for each picture and position, over all channels.
+# - Batch normalisation averages over the pictures as well. No network here has it: a picture would depend on
+#   what else is in the batch.
+#
+# In the drawing, entries of the same colour share a mean. Down go four positions, to the right eight channels.
+
+# %%
+x = 5 + 3 * np.asarray(normal(14, 2, 2, 2, 8))  # 2 pictures, 2 x 2 positions, 8 channels; mean 5 and spread 3
+fresh = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}  # gamma and beta before training
+by_group = np.asarray(GroupNorm(groups=2, epsilon=1e-6).apply({"params": fresh}, x))
+by_layer = np.asarray(LayerNorm(epsilon=1e-6).apply({"params": fresh}, x))
+
+for g in (slice(0, 4), slice(4, 8)):
+    assert np.allclose(by_group[..., g].mean((1, 2, 3)), 0, atol=1e-5)  # over positions and the group's channels
+    assert np.allclose(by_group[..., g].std((1, 2, 3)), 1, atol=1e-4)
+assert np.allclose(by_layer.mean(-1), 0, atol=1e-5)  # over channels alone
+assert np.allclose(by_layer.std(-1), 1, atol=1e-4)
+other = x.copy()
+other[1] *= 10  # another second picture changes nothing in the first
+assert np.array_equal(np.asarray(GroupNorm(groups=2, epsilon=1e-6).apply({"params": fresh}, other))[0], by_group[0])
+print(f"group means after group norm {np.abs(by_group.reshape(2, 4, 2, 4).mean((1, 3))).max():.3f}", end="; ")
+print(f"after layer norm {np.abs(by_layer.reshape(2, 4, 2, 4).mean((1, 3))).max():.3f}")
+
+
+def shared(owner):
+    """Pictures x positions x channels as squares, coloured by the number of the mean that each belongs to."""
+    tones = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)]
+    tones += [(227, 119, 194), (127, 127, 127)]
+    pixels = np.array(tones, np.uint8)[owner]
+    return [Image.fromarray(one).resize((192, 96), Image.Resampling.NEAREST) for one in pixels]
+
+
+picture, position, channel = np.indices((2, 4, 8))
+drawn = shared(2 * picture + channel // 4) + shared(4 * picture + position)
+names = [f"{kind}, picture {i}" for kind in ("group norm, 2 groups", "layer norm") for i in (1, 2)]
+show("07_norms", sheet(drawn, 2, names))
+
+# %% [markdown]
+# The same in the real UNet. `nn.intercept_methods` hands us every call of every layer. We keep what goes into
+# each group normalisation and what comes out, and, for the next section, who attends to what.
+
+# %%
+
+
+def probabilities(layer, x, kv):
+    """The attention weights of a layer: f[b, heads, queries, keys]. Section 8 explains the line."""
+    q, k = layer.split(layer.q(x)), kv[0]
+    return jax.nn.softmax(jnp.einsum("blnd,bmnd->bnlm", q, k) * q.shape[-1] ** -0.5, axis=-1)
+
+
+@jax.jit
+def looked_inside(x, t, context):
+    """The UNet's norms as {path: (in, out)}, and its attention as {path: weights}."""
+    norms, attention = {}, {}
+
+    def look(call, arguments, options, where):
+        layer, path = where.module, "/".join(where.module.path)
+        result = call(*arguments, **options)
+        if where.method_name == "__call__" and isinstance(layer, GroupNorm):
+            norms[path] = (arguments[0], result)
+        if where.method_name == "__call__" and isinstance(layer, Attention):
+            attention[path] = probabilities(layer, *arguments)
+        return result
+
+    with nn.intercept_methods(look):
+        UNet(config.unet).apply({"params": params["unet"]}, x, t, context)
+    return norms, attention
+
+
+LEVELS = jnp.array([100, 250, 400, 550, 700, 850, 250, 400])  # the woman at six noise levels, and two other pictures
+which = jnp.array([8, 8, 8, 8, 8, 8, 9, 10])
+x = q_sample(schedule, latents[which], LEVELS, normal(15, 8, *SHAPE))
+norms, attention = looked_inside(x, LEVELS, context_of([PROMPTS[i] for i in which]))
+
+path = "mid/res_0/norm1"
+before, after = (np.asarray(value) for value in norms[path])
+learnt = params["unet"]["mid"]["res_0"]["norm1"]
+groups = before.reshape(8, -1, config.unet.groups, before.shape[-1] // config.unet.groups)
+by_hand = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(
+    groups.var((1, 3), keepdims=True) + config.unet.epsilon
+)
+assert np.allclose(by_hand.reshape(before.shape) * learnt["scale"] + learnt["bias"], after, atol=1e-3)  # gamma, beta
+spreads = groups.std((1, 3))
+print(f"{path}: before, the groups' spreads go from {spreads.min():.2f} to {spreads.max():.2f}; after, all are 1")
+
+# %% [markdown]
+# ## 8. Attention: which word is seen where
+#
+# Convolutions see only neighbours. **Attention** lets every place look at every other. A place asks with a vector $q$ (the
+# query); all places, or all words, offer a vector $k$ (the key) and a content $v$ (the value). The better the key fits the query, the
+# more of the value is taken (Vaswani et al., eq. 1):
+#
+# $$\mathrm{attention}(q, k, v) = \mathrm{softmax}\!\left(\frac{q\,k^\top}{\sqrt d}\right) v$$
+#
+# Here $d$ is the length of the vectors, and softmax, $e^{a_i} / \sum_j e^{a_j}$, makes a list of numbers into
+# probabilities that add up to 1. In **cross-attention** the queries are places in the picture and the keys are words: this is how the prompt
+# gets into the picture. In **self-attention** both are places in the picture.
+#
+# We caught these probabilities in the last section. For a word, its column is a map over the 8 x 8 places; we
+# average it over the layers of that size, their heads (parallel copies), and the noise levels. Each map is scaled on its
+# own, from its smallest value (black) to its largest (white); the number is its mean.
+
+# %%
+assert all(np.allclose(weights.sum(-1), 1, atol=1e-5) for weights in attention.values())  # probabilities
+
+
+def averaged(kind, rows):
+    """The attention of some pictures on 8 x 8 places, averaged over layers, heads and pictures: f[64, keys]."""
+    found = [w for path, w in attention.items() if path.endswith(kind) and w.shape[2] == 64]
+    return np.mean([np.asarray(w)[rows].mean((0, 1)) for w in found], axis=0)
+
+
+def mapped(values):
+    """f[64] as a picture."""
+    return grey(values.reshape(8, 8), values.min(), values.max()).resize((112, 112), Image.Resampling.BICUBIC)
+
+
+maps, names = [], []
+for number, rows, words in (
+    (8, slice(0, 6), ["start", "woman", ":", "red", "hair", "end"]),
+    (9, [6], ["start", "face", "with", "medical", "mask", "end"]),
+    (10, [7], ["start", "rainbow", "end", "padding", "padding", "padding"]),
+):
+    weights = averaged("cross_attention", rows)
+    maps += [*enlarged(pictures[number : number + 1]), *(mapped(weights[:, i]) for i in range(6))]
+    names += [PROMPTS[number], *(f"{word}  {weights[:, i].mean():.3f}" for i, word in enumerate(words))]
+show("08_cross_attention", sheet(maps, 7, names))
+
+weights = averaged("cross_attention", slice(0, 6))
+small = np.asarray(pictures[8].resize((8, 8), Image.Resampling.BOX), float).reshape(64, 3)
+red = (small[:, 0] > 180) & (small[:, 1] < 130) & (small[:, 2] < 120)  # where the hair is
+hair, woman = weights[:, 4], weights[:, 1]
+print(
+    f'"hair" is looked at {hair[red].mean() / hair[~red].mean():.1f} times as much where the picture is red as elsewhere'
+)
+assert hair[red].mean() > 1.3 * hair[~red].mean()
+
+# %% [markdown]
+# "hair" lights up along the hair. "woman" follows her outline and shoulders, the one thing that "hair" leaves
+# open. Do not read too much into such maps. The start token, which stands before every prompt and says nothing, takes more than half of all
+# the attention: softmax has to spend its 1 somewhere, and a network learns to leave it where it does no harm. And the padding
+# behind the end is no rest either: the text encoder has written the sense of the whole prompt into it.
+#
+# Self-attention: where does one place look? The place is marked in the picture; white is where it looks most.
+
+# %%
+weights = averaged("self_attention", slice(0, 6))
+maps, names = enlarged(pictures[8:9]), [PROMPTS[8]]
+for name, (row, column) in {"hair": (1, 3), "face": (4, 3), "dress": (7, 2), "background": (3, 0)}.items():
+    marked = pictures[8].resize((112, 112), Image.Resampling.NEAREST)
+    marked.paste((0, 0, 255), (14 * column + 4, 14 * row + 4, 14 * column + 11, 14 * row + 11))
+    maps += [marked, mapped(weights[8 * row + column])]
+    names += [f"from the {name}", "it looks here"]
+show("08_self_attention", sheet(maps, 9, names))
+
+# %% [markdown]
+# ## 9. 980, 960, ...: skipping timesteps
+#
+# The network was trained on 1000 noise levels. Must we visit them all? Look at how it was trained: each time with one
+# $x_t$, made in one leap from $x_0$. It has never seen the chain. The loss knows only $q(x_t \mid x_0)$, and so **any
+# other process that goes through the same $q(x_t \mid x_0)$ can use the same network** (Song et al.). DDIM is
+# such a process, and adds no noise at all: from $x_t$ take the guess $\hat x_0$, find the noise that belongs to it, and leap
+# with both to any earlier $s$:
+#
+# $$\hat\varepsilon = \frac{x_t - \sqrt{\bar\alpha_t}\,\hat x_0}{\sqrt{1 - \bar\alpha_t}} \qquad\qquad
+# x_s = \sqrt{\bar\alpha_s}\,\hat x_0 + \sqrt{1 - \bar\alpha_s}\;\hat\varepsilon$$
+#
+# For 50 steps one takes every 20th timestep: 980, 960, ..., 20, 0. (Stable Diffusion adds 1 to each; that is the spacing "leading".)
+
+# %%
+
+
+def ddim_step(x, t, s, guess, noise):
+    """The leap from t to s; the noise is not used."""
+    at, before = alpha_bar[t], alpha_bar[s] if s >= 0 else 1.0
+    implied = (x - math.sqrt(at) * guess) / math.sqrt(1 - at)
+    return math.sqrt(before) * guess + math.sqrt(1 - before) * implied
+
+
+levels = schedule.levels(50, "leading")
+every_20th = schedule.timesteps(levels[:-1]).round().astype(int).tolist()
+print(*every_20th[:5], "...", *every_20th[-3:])
+assert every_20th == [t + 1 for t in range(980, -1, -20)]
+
+visited = schedule.timesteps(schedule.levels(20, "leading")[:-1]).round().astype(int).tolist()
+noise = normal(16, 8, *SHAPE)
+ours = decode(sampled(noise, visited, eight, ddim_step)[0])
+same = [
+    Request(p, steps=20, sampler="ddim", spacing="leading", guidance=1, noise=np.asarray(n))
+    for p, n in zip(PROMPTS, noise)
+]
+theirs = draw(same)
+difference = max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(ours, theirs, strict=True))
+print(f"this loop and sdjax make the same pictures, but for {difference} of 255")
+assert difference <= 2
+
+# %% [markdown]
+# How few are enough? The same noise and prompt with fewer and fewer steps. The distance is to the picture of 50 steps (root of the mean
+# square, in units of the whole range).
+
+# %%
+
+
+def distance(a, b):
+    return float(np.sqrt(np.square((np.asarray(a, float) - np.asarray(b, float)) / 255).mean()))
+
+
+COUNTS = [1, 2, 3, 5, 10, 15, 25, 50]
+fewer = draw([Request("rocket", steps=n, sampler="ddim", spacing="trailing", seed=5) for n in COUNTS])
+apart = [distance(picture, fewer[-1]) for picture in fewer]
+show("09_skipping", sheet(enlarged(fewer), 8, [f"{n} steps, {d:.2f}" for n, d in zip(COUNTS, apart, strict=True)]))
+assert apart[0] > apart[3] > apart[5] > apart[7] == 0
+
+# %% [markdown]
+# The path from noise to picture is smooth, so large steps miss it by little. Better samplers follow it more closely with the same
+# number of calls: a step of "dpmpp_2m" uses the guess before as well, to see how the path bends. Our ten steps are of that kind.
+#
+# ## 10. Image to image: strength is freedom
+#
+# Sampling need not start from pure noise. Encode a picture, leap forward to some $t$ with `q_sample`, and go back from
+# there with another prompt. What the noise has covered is free to become something else; what still shows
+# through stays. The setting `strength` is the part of the steps that are run:
+#
+# $$\text{start at } x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1 - \bar\alpha_t}\,\varepsilon
+# \quad\text{with } t \text{ of step number}\quad n - \lfloor n \cdot \text{strength} \rfloor$$
+#
+# At 0 nothing happens but encoding and decoding, at 1 nothing is left of the picture.
+
+# %%
+STRENGTHS = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]
+assert [start_step(10, strength) for strength in STRENGTHS] == [10, 8, 6, 5, 4, 3, 2, 0]
+freed = draw([Request("sunflower", image=pictures[1], strength=s, steps=STEPS, seed=1) for s in STRENGTHS])
+apart = [distance(picture, pictures[1]) for picture in freed]
+names = [f"strength {s:g}, {d:.2f}" for s, d in zip(STRENGTHS, apart, strict=True)]
+show("10_strength", sheet(enlarged(freed), 8, names))
+assert apart[0] < apart[2] < apart[4] < apart[7]  # more freedom, further away
+
+# %% [markdown]
+# ## 11. Inpainting: keeping the known
+#
+# One part of a picture is to be drawn anew, the rest kept. Of the rest we know $x_0$, so there we need no guess. With
+# a mask $m$, 1 where we draw and 0 where we keep, the network's guess is corrected before every step:
+#
+# $$\hat x_0 \;\leftarrow\; m\,\hat x_0 + (1 - m)\,x_0$$
+#
+# That is `sdjax.diffusion.denoiser.keep_known`, one line around the denoiser. The network sees the known part
+# in every $x_t$, and draws what fits to it. At the end the kept pixels are copied from the picture itself, since encoding and decoding would
+# change them a little.
+
+# %%
+mask = Image.new("L", (64, 64), 0)
+mask.paste(255, (0, 0, 64, 32))  # white: draw the upper half anew
+keep = (0, 32, 64, 64)
+TASKS = [("grinning face", 2), ("smiling face with sunglasses", 2), ("cat face", 2), ("woman: red hair", 2)]
+TASKS += [("owl", 1), ("fox", 1), ("tiger face", 1), ("red heart", 1)]
+filled = draw([Request(prompt, image=pictures[of], mask=mask, steps=20, seed=1) for prompt, of in TASKS])
+for picture, (_, of) in zip(filled, TASKS, strict=True):
+    assert picture.crop(keep).tobytes() == pictures[of].crop(keep).tobytes()  # to the byte
+    assert distance(picture, pictures[of]) > 0.01 or of == 2
+rows = [pictures[2], mask.convert("RGB"), *filled[:4], pictures[1], mask.convert("RGB"), *filled[4:]]
+names = ["given", "mask", *(prompt for prompt, _ in TASKS[:4]), "given", "mask", *(prompt for prompt, _ in TASKS[4:])]
+show("11_inpainting", sheet(enlarged(rows), 6, names))
+print("the known half is kept to the byte in all", len(filled))
+
+# %% [markdown]
+# ## Where to go from here
+#
+# `examples/pure_functions.py` draws a picture with the functions of sdjax alone. `sdjax/diffusion/` holds sections 2 to 4
+# and 9 to 11, `sdjax/models/` the networks, `sdjax/train/losses.py` all losses. The papers:
+#
+# - Kingma & Welling 2014, *Auto-Encoding Variational Bayes*: the bound, the autoencoder.
+# - Ho, Jain & Abbeel 2020, *Denoising Diffusion Probabilistic Models*: sections 2 and 3.
+# - Song, Meng & Ermon 2021, *Denoising Diffusion Implicit Models*: section 9.
+# - Ho & Salimans 2022, *Classifier-Free Diffusion Guidance*: section 4.
+# - Radford et al. 2021, *Learning Transferable Visual Models From Natural Language Supervision*: CLIP, section 5.
+# - Wu & He 2018, *Group Normalization*; Ba et al. 2016, *Layer Normalization*: section 7.
+# - Vaswani et al. 2017, *Attention Is All You Need*: section 8.
+# - Rombach et al. 2022, *High-Resolution Image Synthesis with Latent Diffusion Models*: all of it together, and Stable
+#   Diffusion.
+# - Meng et al. 2022, *SDEdit*: section 10. Lugmayr et al. 2022, *RePaint*: section 11.

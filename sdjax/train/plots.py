@@ -74,8 +74,30 @@ def curves(
             draw.line(line, fill=colour, width=2)
         else:
             draw.circle(line[0], 3, fill=colour)
-        draw.text((left + 6, bottom - 4 - i * TEXT_HEIGHT), name, fill=colour, font=_font(), anchor="ld")
+    lines = [place(found) for found in points.values()]
+    x, y = _emptiest(lines, list(points), (left, top, right, bottom))
+    for i, name in enumerate(points):
+        draw.text((x, y - i * TEXT_HEIGHT), name, fill=COLOURS[i % len(COLOURS)], font=_font(), anchor="ld")
     return image
+
+
+def _emptiest(
+    lines: Sequence[Sequence[tuple[float, float]]], names: Sequence[str], axes: tuple[int, int, int, int]
+) -> tuple[float, float]:
+    """The place of a legend's lowest line, in that corner of the axes which the lines cross least."""
+    left, top, right, bottom = axes
+    width, height = max(_font().getlength(name) for name in names) + 12, len(names) * TEXT_HEIGHT + 8
+    along = np.linspace(left, right, 400)
+    at = [(along, np.interp(along, *np.array(sorted(line)).T, np.nan, np.nan)) for line in lines]
+
+    def crossed(corner: tuple[float, float]) -> int:
+        x, y = corner
+        inside = [(x <= xs) & (xs <= x + width) & (y - height <= ys) & (ys <= y) for xs, ys in at]
+        return int(np.sum(inside))
+
+    corners = [(x, y) for x in (left, right - width) for y in (bottom, top + height)]
+    x, y = min(corners, key=crossed)
+    return x + 6, y - 4
 
 
 def scatter(
@@ -127,7 +149,9 @@ def matrix(
             x, y = left + j * cell, top + i * cell
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
             ink = "white" if dark > 0.5 else "black"
-            draw.text((x + cell / 2, y + cell / 2), f"{value:.2f}", fill=ink, font=ImageFont.load_default(10), anchor="mm")
+            draw.text(
+                (x + cell / 2, y + cell / 2), f"{value:.2f}", fill=ink, font=ImageFont.load_default(10), anchor="mm"
+            )
     return image
 
 
