@@ -2,9 +2,9 @@
 
     python examples/make_notebook.py examples/walkthrough.py
 
-writes examples/walkthrough.ipynb beside it, without outputs, always the same bytes for the same script. Cells begin with
-`# %%` (code), `# %% [markdown]` (text, each line a comment) or `# %% command line` (for the script alone: in the notebook
-it is replaced by `folder = None`). What comes before the first cell is left out.
+writes examples/walkthrough.ipynb beside it, without outputs, always the same bytes for the same script. Cells begin
+with `# %%` (code), `# %% [markdown]` (text, each line a comment) or `# %% command line` (for the script alone: in the
+notebook it is replaced by `folder = None`). What comes before the first cell is left out.
 """
 
 from __future__ import annotations

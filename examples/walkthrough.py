@@ -12,15 +12,16 @@ same as a notebook (`python examples/make_notebook.py examples/walkthrough.py` m
 # %% [markdown]
 # # Stable Diffusion, from a coin to a picture
 #
-# This page builds up Stable Diffusion in eleven steps. Each step has an idea, its equation, the code, and a picture.
-# It uses a small model that comes with sdjax: it draws 64 x 64 pictograms for the names of emoji, and runs on any
+# This page builds up Stable Diffusion in eleven steps. Each step has an idea, its equation, the code, and a picture. It
+# uses a small model that comes with sdjax: it draws 64 x 64 pictograms for the names of emoji, and runs on any
 # computer. Everything said here is true of the large models too; they only have more numbers in them.
 #
 # You need Python, school mathematics, and two facts about probability:
 #
 # - An average over random draws of something is written $\mathbb{E}[\dots]$, "the expected value of".
-# - $N(m, s^2)$ is the normal distribution (the bell curve) with mean $m$ and standard deviation $s$. Its square $s^2$ is
-#   called the variance. If $\varepsilon$ is drawn from $N(0, 1)$, then $m + s\,\varepsilon$ is drawn from $N(m, s^2)$.
+# - $N(m, s^2)$ is the normal distribution (the bell curve) with mean $m$ and standard deviation $s$. Its square $s^2$
+#   is called the variance. If $\varepsilon$ is drawn from $N(0, 1)$, then $m + s\,\varepsilon$ is drawn from
+#   $N(m, s^2)$.
 #
 # Numbers in brackets after an equation say where it comes from; the list of papers is at the end.
 
@@ -35,6 +36,7 @@ folder.mkdir(parents=True, exist_ok=True)
 
 # %%
 import math
+from itertools import pairwise
 
 import flax.linen as nn
 import jax
@@ -58,7 +60,7 @@ from sdjax.pipeline import functions
 from sdjax.request import Request
 from sdjax.storage.checkpoint import read_tensors
 from sdjax.train.losses import contrastive_loss, diffusion_loss, drop_prompts, unit, variational_bound
-from sdjax.train.plots import curves, matrix, scatter, sheet, stack
+from sdjax.train.plots import curves, matrix, scatter, sheet
 from sdjax.types import Guidance
 
 
@@ -82,8 +84,8 @@ def normal(seed, *shape):
 # - The **text encoder** turns a prompt into numbers: here 32 rows of 192.
 # - The **UNet** removes noise. This is where pictures come from; sections 2 to 4 and 8 to 11 are about it.
 # - The **autoencoder** translates between pictures and *latents*. A latent is a smaller array that stands for the
-#   picture: here 8 x 8 positions with 16 numbers each, 1,024 in place of 12,288. The UNet sees only latents.
-#   Section 6 looks at them.
+#   picture: here 8 x 8 positions with 16 numbers each, 1,024 in place of 12,288. The UNet sees only latents. Section 6
+#   looks at them.
 #
 # We let it draw sixteen pictures. They will be our data from here on.
 
@@ -133,8 +135,8 @@ print("pictures", pixels.shape, "latents", latents.shape)
 # distribution. The way out is to invent something that we do not see, call it $z$, and to tell how $x$ comes about:
 # first $z$ is drawn, then $x$ given $z$. Models of this kind are called *latent variable models*; latent means hidden.
 #
-# The smallest one: $z$ is a bent coin that shows 0 with probability 0.7 and 1 with probability 0.3. Then $x$ is a single
-# number, drawn from $N(-1, 0.5^2)$ if the coin shows 0, and from $N(+1, 0.5^2)$ if it shows 1.
+# The smallest one: $z$ is a bent coin that shows 0 with probability 0.7 and 1 with probability 0.3. Then $x$ is a
+# single number, drawn from $N(-1, 0.5^2)$ if the coin shows 0, and from $N(+1, 0.5^2)$ if it shows 1.
 #
 # The **joint distribution** says how likely a pair is, the hidden and the visible part together:
 #
@@ -166,8 +168,8 @@ rng = np.random.default_rng(0)
 coins = (rng.random(4000) < 0.3).astype(int)  # first z ...
 draws = MEANS[coins] + SPREAD * rng.normal(size=4000)  # ... then x given z
 
-grid = np.linspace(-2.5, 2.5, 101)
-height, edges = np.histogram(draws, 40, (-2.5, 2.5), density=True)
+grid = np.linspace(-3, 3, 121)
+height, edges = np.histogram(draws, 40, (-3, 3), density=True)
 middle = (edges[1:] + edges[:-1]) / 2
 
 assert abs(np.trapezoid(marginal(grid), grid) - 1) < 1e-3  # it is a distribution: all of it together is 1
@@ -177,14 +179,15 @@ lines |= {"marginal p(x)": (grid, marginal(grid)), "4000 draws of x, z forgotten
 show("01_joint", curves(lines, title="a coin z decides where x is drawn", x_label="x"))
 
 # %% [markdown]
-# Going back from $x$ to $z$ is called inference. Having seen $x$, which side did the coin show? That is the **posterior**
+# Going back from $x$ to $z$ is called inference. Having seen $x$, which side did the coin show? That is the
+# **posterior**
 #
 # $$p(z \mid x) = \frac{p(x, z)}{p(x)}$$
 #
 # In Stable Diffusion the visible $x$ is a latent picture, from now on $x_0$, and what is hidden is a whole chain of
-# noisier and noisier versions of it, $x_1, x_2, \dots, x_T$ with $T = 1000$. The joint distribution is then over the chain
-# $x_{0:T}$ (short for $x_0, \dots, x_T$), and $p(x_0)$ is an integral over everything but $x_0$. Nobody can compute that
-# integral. Section 3 shows what can be computed in its place.
+# noisier and noisier versions of it, $x_1, x_2, \dots, x_T$ with $T = 1000$. The joint distribution is then over the
+# chain $x_{0:T}$ (short for $x_0, \dots, x_T$), and $p(x_0)$ is an integral over everything but $x_0$. Nobody can
+# compute that integral. Section 3 shows what can be computed in its place.
 
 # %% [markdown]
 # ## 2. Forward: adding noise, in a chain or in one leap
@@ -195,28 +198,27 @@ show("01_joint", curves(lines, title="a coin z decides where x is drawn", x_labe
 # \qquad\text{or}\qquad x_t = \sqrt{1 - \beta_t}\; x_{t-1} + \sqrt{\beta_t}\;\varepsilon$$
 #
 # The letter $q$ is for what we do to pictures, $p$ for what the model believes. The $\beta_t$ are a fixed list of 1000
-# small numbers, the *noise schedule*. Why shrink? The variance of $x_t$ is $(1 - \beta_t)\cdot$(variance before)$ + \beta_t$:
-# if it was 1, it stays 1.
+# small numbers, the *noise schedule*. Why shrink? The variance of $x_t$ is $(1 - \beta_t)\cdot$(variance
+# before)$ + \beta_t$: if it was 1, it stays 1.
 #
-# Many steps at once have a **closed form** (Ho et al., eq. 4). With $\bar\alpha_t = (1-\beta_1)(1-\beta_2)\cdots(1-\beta_t)$,
+# Many steps at once have a **closed form** (Ho et al., eq. 4). With
+# $\bar\alpha_t = (1-\beta_1)(1-\beta_2)\cdots(1-\beta_t)$,
 #
 # $$q(x_t \mid x_0) = N\!\left(\sqrt{\bar\alpha_t}\; x_0,\; 1 - \bar\alpha_t\right)
 # \qquad\text{or}\qquad x_t = \sqrt{\bar\alpha_t}\; x_0 + \sqrt{1 - \bar\alpha_t}\;\varepsilon$$
 #
-# because sums of independent normal numbers are normal, and their variances add up. So $\bar\alpha_t$ is the share of the
-# picture in the variance, and $1 - \bar\alpha_t$ the share of the noise.
+# because sums of independent normal numbers are normal, and their variances add up. So $\bar\alpha_t$ is the share of
+# the picture in the variance, and $1 - \bar\alpha_t$ the share of the noise.
 #
-# **One thing about counting**: papers count the noised steps from 1 to 1000. The code counts from 0 to 999. From here on
-# we count as the code does: $t = 0$ has one dose of noise, $t = 999$ a thousand. The clean $x_0$ keeps its name.
+# **One thing about counting**: papers count the noised steps from 1 to 1000. The code counts from 0 to 999. From here
+# on we count as the code does: $t = 0$ has one dose of noise, $t = 999$ a thousand. The clean $x_0$ keeps its name.
 
 # %%
 schedule = noise_schedule(config.schedule)
 T = len(schedule.betas)
 alpha_bar = schedule.alpha_bars
 for t in (0, 99, 299, 499, 699, 999):
-    print(
-        f"t = {t:3}  beta {schedule.betas[t]:.5f}  share of the picture {alpha_bar[t]:.4f}  noise {1 - alpha_bar[t]:.4f}"
-    )
+    print(f"t = {t:3}  beta {schedule.betas[t]:.5f}  share of the picture {alpha_bar[t]:.4f}")
 
 variance = 0.0  # of the noise, step by step: shrunk, then added to
 for t in range(T):
@@ -224,9 +226,9 @@ for t in range(T):
     assert abs(variance - (1 - alpha_bar[t])) < 1e-12  # the closed form
 
 # %% [markdown]
-# The same as an experiment, with the numbers of section 1 in place of pictures: 4,000 of them go through the chain, step
-# by step, and 4,000 leap by the closed form. At every $t$ both must be draws of the same distribution. The two humps of
-# the coin melt into one bell.
+# The same as an experiment, with the numbers of section 1 in place of pictures: 4,000 of them go through the chain,
+# step by step, and 4,000 leap by the closed form. At every $t$ both must be draws of the same distribution. The two
+# humps of the coin melt into one bell.
 
 # %%
 
@@ -258,7 +260,7 @@ for t in (49, 199, 399, 999):
     leapt = leap(start, t, seed=t)
     lines = {"exact": (grid, exact)}
     for name, x in (("chain", walked[t]), ("closed form", leapt)):
-        lines[name] = (middle, np.histogram(np.asarray(x), 40, (-2.5, 2.5), density=True)[0])
+        lines[name] = (middle, np.histogram(np.asarray(x), 40, (-3, 3), density=True)[0])
     panels.append(curves(lines, title=f"t = {t}", x_label="x_t", size=(320, 240)))
     print(f"t = {t:3}  chain: mean {walked[t].mean():+.3f}, spread {walked[t].std():.3f}", end="   ")
     print(f"closed form: mean {leapt.mean():+.3f}, spread {leapt.std():.3f}")
@@ -269,8 +271,8 @@ show("02_chain_and_leap", sheet(panels, 2))
 
 # %% [markdown]
 # And with a latent of the cat: above through the chain, below by leaps, both decoded. The noise differs, because it was
-# drawn anew, but at every $t$ there is equally much of it. At the end nothing of the cat is left: the last $x_t$ is as good
-# as pure noise. This is what makes it possible to start from noise later.
+# drawn anew, but at every $t$ there is equally much of it. At the end nothing of the cat is left: the last $x_t$ is as
+# good as pure noise. This is what makes it possible to start from noise later.
 
 # %%
 SHOWN = [0, 49, 99, 199, 299, 499, 699, 999]
@@ -280,31 +282,32 @@ by_leaps = q_sample(schedule, jnp.tile(cat, (8, 1, 1, 1)), jnp.array(SHOWN), nor
 labels = [f"t = {t}" for t in SHOWN]
 noised = sheet(enlarged(decode(by_chain) + decode(by_leaps)), 8, 2 * labels)
 for t, a, b in zip(SHOWN, by_chain, by_leaps, strict=True):
-    left = [float(np.vdot(x, cat[0]) / np.vdot(cat, cat)) for x in (a, b)]  # how much of the cat is in it
-    print(
-        f"t = {t:3}  of the cat: chain {left[0]:.2f}, closed form {left[1]:.2f}, by the formula {alpha_bar[t] ** 0.5:.2f}"
-    )
-    assert max(abs(part - alpha_bar[t] ** 0.5) for part in left) < 5 / np.linalg.norm(cat)
+    left = [float(np.vdot(x, cat[0]) / np.vdot(cat, cat)) for x in (a, b)]  # the factor before the cat, measured
+    factor = math.sqrt(alpha_bar[t])
+    print(f"t = {t:3}  factor of the cat: chain {left[0]:.2f}, closed form {left[1]:.2f}, formula {factor:.2f}")
+    assert max(abs(part - factor) for part in left) < 5 / np.linalg.norm(cat)
 show("02_noised", noised)
 
 # %% [markdown]
 # ## 3. Backward: removing noise, and the bound
 #
 # If we knew $x_0$, one step back would be easy. Of three normal distributions, everything is known: given $x_t$ and
-# $x_0$, the step before is normal again, with a mean between the two (Ho et al., eq. 6 and 7). For a step from $t$ down to
-# some earlier $s$, with $\alpha = \bar\alpha_t / \bar\alpha_s$ and $\beta = 1 - \alpha$:
+# $x_0$, the step before is normal again, with a mean between the two (Ho et al., eq. 6 and 7). For a step from $t$ down
+# to some earlier $s$, with $\alpha = \bar\alpha_t / \bar\alpha_s$ and $\beta = 1 - \alpha$:
 #
-# $$q(x_s \mid x_t, x_0) = N\!\left(\frac{\sqrt{\bar\alpha_s}\,\beta}{1 - \bar\alpha_t}\; x_0
-# + \frac{\sqrt{\alpha}\,(1 - \bar\alpha_s)}{1 - \bar\alpha_t}\; x_t,\;\; \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}\,\beta\right)$$
+# $$q(x_s \mid x_t, x_0) = N\!\left(
+# \frac{\sqrt{\bar\alpha_s}\,\beta}{1 - \bar\alpha_t}\; x_0
+# + \frac{\sqrt{\alpha}\,(1 - \bar\alpha_s)}{1 - \bar\alpha_t}\; x_t,\;\;
+# \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}\,\beta\right)$$
 #
-# We do not know $x_0$. So a network looks at $x_t$ and guesses: the guess is $\hat x_0$, "x-hat". The model's step back is
-# the same formula with the guess in place of the truth:
+# We do not know $x_0$. So a network looks at $x_t$ and guesses: the guess is $\hat x_0$, "x-hat". The model's step back
+# is the same formula with the guess in place of the truth:
 #
 # $$p(x_s \mid x_t) = q(x_s \mid x_t, \hat x_0(x_t))$$
 #
 # That is all that is learnt. The UNet gives its guess in a roundabout way: this one predicts the mixture
-# $v = \sqrt{\bar\alpha_t}\,\varepsilon - \sqrt{1 - \bar\alpha_t}\,x_0$ (others predict $\varepsilon$), and one solves for
-# $\hat x_0 = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1 - \bar\alpha_t}\;v$. Squared errors of $v$, of $\varepsilon$ and of
+# $v = \sqrt{\bar\alpha_t}\,\varepsilon - \sqrt{1 - \bar\alpha_t}\,x_0$ (others predict $\varepsilon$), and one solves
+# for $\hat x_0 = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1 - \bar\alpha_t}\;v$. Squared errors of $v$, of $\varepsilon$ and of
 # $\hat x_0$ are the same up to a factor, so it makes no difference to the idea.
 
 # %%
@@ -343,12 +346,12 @@ show("03_guesses", sheet(enlarged(decode(x_t) + decode(guesses)), 8, names))
 
 # %% [markdown]
 # The less noise, the better the guess. With nothing but noise the network does what is best for the squared error: it
-# guesses the average of all that the prompt leaves possible. A large model has seen thousands of cats, and its average is a
-# blur. Ours knows a single cat face, and so it guesses that one from the start.
+# guesses the average of all that the prompt leaves possible. A large model has seen thousands of cats, and its average
+# is a blur. Ours knows a single cat face, and so it guesses that one from the start.
 #
 # Now the reverse process itself. It starts with pure noise. Each step asks for a guess and draws the next $x_s$ around
-# it, a little less noisy, so that the next guess is a little better. (We make 25 large steps in place of 1000 small ones.
-# Section 9 says why that is allowed.)
+# it, a little less noisy, so that the next guess is a little better. (We make 25 large steps in place of 1000 small
+# ones. Section 9 says why that is allowed.)
 
 # %%
 
@@ -380,8 +383,8 @@ names = [f"x after t = {visited[i]}" for i in places] + [f"guess at t = {visited
 show("03_reverse", sheet(enlarged(decode(way[0]) + decode(way[1])), 8, names))
 
 # %% [markdown]
-# In sdjax samplers are tables of coefficients, worked out beforehand, in the unit $x_t / \sqrt{\bar\alpha_t}$. The table of
-# "ddpm" holds the formula above. One step of both, to see that they agree:
+# In sdjax samplers are tables of coefficients, worked out beforehand, in the unit $x_t / \sqrt{\bar\alpha_t}$. The
+# table of "ddpm" holds the formula above. One step of both, to see that they agree:
 
 # %%
 t, s = 519, 479
@@ -402,18 +405,18 @@ assert difference < 1e-5
 #
 # $$\log p(x) = \log \sum_z q(z)\,\frac{p(x, z)}{q(z)} \;\ge\; \sum_z q(z) \log \frac{p(x, z)}{q(z)}$$
 #
-# since the log of an average is at least the average of the logs (Jensen's inequality: the log curve bends downwards). The
-# right side is the **evidence lower bound**, ELBO. How much is lost is known, too: it is the
-# *Kullback-Leibler divergence* between $q(z)$ and the true posterior,
-# $\mathrm{KL}(q \,\|\, p) = \sum_z q(z) \log \frac{q(z)}{p(z \mid x)}$, which is never negative, and 0 only where the two
-# are the same.
+# since the log of an average is at least the average of the logs (Jensen's inequality: the log curve bends downwards).
+# The right side is the **evidence lower bound**, ELBO. How much is lost is known, too: it is the *Kullback-Leibler
+# divergence* between $q(z)$ and the true posterior,
+# $\mathrm{KL}(q \,\|\, p) = \sum_z q(z) \log \frac{q(z)}{p(z \mid x)}$, which is never negative, and 0 only where the
+# two are the same.
 #
-# Here it is for the coin, for a number seen at $x = 0.1$. Since $z$ has two values, $q$ is one number: the
-# probability that we give to $z = 1$. The bound touches the truth at the posterior, and nowhere else. (With natural
-# logs the unit is the *nat*. A nat is 1.44 bits.)
+# Here it is for the coin, for a number seen at $x = 0.3$. Since $z$ has two values, $q$ is one number: the probability
+# that we give to $z = 1$. The bound touches the truth at the posterior, and nowhere else. (With natural logs the unit
+# is the *nat*. A nat is 1.44 bits.)
 
 # %%
-seen = np.array(0.1)
+seen = np.array(0.3)
 truth, posterior = math.log(marginal(seen)), joint(seen)[1] / marginal(seen)
 ones = np.linspace(0.01, 0.99, 99)
 q = np.stack([1 - ones, ones], -1)
@@ -431,20 +434,22 @@ lines = {
 show("03_elbo", curves(lines, title="nats; the bound for every q", x_label="q(z = 1)", size=(480, 320)))
 
 # %% [markdown]
-# For the chain the hidden part is $x_{1:T}$, the distribution $q$ of it is the forward process, and the bound falls apart
-# into one term for each step (Ho et al., eq. 5). Turned around, so that small is good:
+# For the chain the hidden part is $x_{1:T}$, the distribution $q$ of it is the forward process, and the bound falls
+# apart into one term for each step (Ho et al., eq. 5). Turned around, so that small is good:
 #
-# $$-\log p(x_0) \;\le\; \underbrace{\mathrm{KL}\big(q(x_T \mid x_0) \,\|\, N(0,1)\big)}_{\text{prior}}
-# + \sum_t \underbrace{\mathbb{E}\,\mathrm{KL}\big(q(x_{t-1} \mid x_t, x_0) \,\|\, p(x_{t-1} \mid x_t)\big)}_{\text{one step}}
+# $$-\log p(x_0) \;\le\;
+# \underbrace{\mathrm{KL}\big(q(x_T \mid x_0) \,\|\, N(0,1)\big)}_{\text{prior}}
+# + \sum_t \underbrace{\mathbb{E}\,\mathrm{KL}\big(q(x_{t-1} \mid x_t, x_0) \,\|\,
+# p(x_{t-1} \mid x_t)\big)}_{\text{one step}}
 # \; \underbrace{-\; \mathbb{E}\log p(x_0 \mid x_1)}_{\text{reconstruction}}$$
 #
 # Each step compares two normal distributions of the same variance, so its KL is a squared difference of means. Written
 # with the signal-to-noise ratio $\mathrm{SNR}_t = \bar\alpha_t / (1 - \bar\alpha_t)$ it is
-# $\tfrac12(\mathrm{SNR}_{t-1} - \mathrm{SNR}_t)\,(x_0 - \hat x_0)^2$. **That is why training a diffusion model is nothing but
-# guessing $x_0$ with a small squared error.**
+# $\tfrac12(\mathrm{SNR}_{t-1} - \mathrm{SNR}_t)\,(x_0 - \hat x_0)^2$. **That is why training a diffusion model is
+# nothing but guessing $x_0$ with a small squared error.**
 #
-# With the coin we can check it. There the best possible guess can be worked out on paper (it is the average of $x_0$ given
-# $x_t$), and so can $p(x_0)$. The bound must lie above $-\log p(x_0)$, and come nearer with more steps.
+# With the coin we can check it. There the best possible guess can be worked out on paper (it is the average of $x_0$
+# given $x_t$), and so can $p(x_0)$. The bound must lie above $-\log p(x_0)$, and come nearer with more steps.
 
 # %%
 
@@ -472,9 +477,9 @@ assert losses[2] - truth < 0.5
 
 # %% [markdown]
 # Now the UNet, on eight latents, with 50 steps; all numbers are per number of the latent. It is asked three times: with
-# the right prompts, with the prompts of other pictures, and not at all. The last answers $v = 0$ to everything,
-# which would be ideal if latents were pure $N(0, 1)$ noise. What lies between is what the network knows about pictures,
-# and what the right words add to it.
+# the right prompts, with the prompts of other pictures, and not at all. The last answers $v = 0$ to everything, which
+# would be ideal if latents were pure $N(0, 1)$ noise. What lies between is what the network knows about pictures, and
+# what the right words add to it.
 
 # %%
 chosen = np.linspace(0, T - 1, 50).round().astype(int)
@@ -507,10 +512,10 @@ show(
 # %% [markdown]
 # ## 4. Classifier-free guidance
 #
-# The UNet takes the prompt $c$ and believes in pictures from $p(x \mid c)$. People want more: pictures that
-# show the prompt *clearly*. By Bayes' rule, how clearly $x$ shows $c$ is $p(c \mid x) \propto p(x \mid c) / p(x)$. So ask the
-# network twice, with the prompt and with an empty one, and go further in the direction from the second answer
-# to the first (Ho & Salimans, eq. 6):
+# The UNet takes the prompt $c$ and believes in pictures from $p(x \mid c)$. People want more: pictures that show the
+# prompt *clearly*. By Bayes' rule, how clearly $x$ shows $c$ is $p(c \mid x) \propto p(x \mid c) / p(x)$. So ask the
+# network twice, with the prompt and with an empty one, and go further in the direction from the second answer to the
+# first (Ho & Salimans, eq. 6):
 #
 # $$\hat v = v(\text{empty}) + w\,\big(v(c) - v(\text{empty})\big)$$
 #
@@ -524,8 +529,9 @@ guided_pictures = draw(requests)
 show("04_guidance", sheet(enlarged(guided_pictures), 8, [f"{r.prompt}, w = {r.guidance:g}" for r in requests]))
 
 # %% [markdown]
-# At $w = 0$ both prompts give the same picture, because nobody reads them. A moderate $w$ draws what was asked for. A large one
-# exaggerates colours and contrast, and at last breaks the picture: it is far from everything that the model has seen.
+# At $w = 0$ both prompts give the same picture, because nobody reads them. A moderate $w$ draws what was asked for. A
+# large one exaggerates colours and contrast, and at last breaks the picture: it is far from everything that the model
+# has seen.
 
 # %%
 apart = [
@@ -540,10 +546,10 @@ assert apart[0] < 1 < apart[4]
 # %% [markdown]
 # ### What guidance needs: the dropped prompt
 #
-# Why should the network have a sensible answer to an empty prompt? Only because it was taught one: in training, each prompt
-# is replaced by the empty one with a probability of about 0.1 (`sdjax.train.losses.drop_prompts`). What if one
-# forgets? We train two tiny networks, for some seconds each. Their "pictures" are points in the plane in three
-# heaps, and the "prompt" is the number of the heap. One sees prompts dropped in 15 of 100 cases, the other never.
+# Why should the network have a sensible answer to an empty prompt? Only because it was taught one: in training, each
+# prompt is replaced by the empty one with a probability of about 0.1 (`sdjax.train.losses.drop_prompts`). What if one
+# forgets? We train two tiny networks, for some seconds each. Their "pictures" are points in the plane in three heaps,
+# and the "prompt" is the number of the heap. One sees prompts dropped in 15 of 100 cases, the other never.
 
 # %%
 HEAPS = np.array([[0, 1.2], [-1.04, -0.6], [1.04, -0.6]], np.float32)
@@ -564,7 +570,7 @@ def small_network(weights, x, t, context):
 def trained(dropped):
     """The weights after 1500 updates, each with 256 points."""
     sizes, key = [2 + 8 + 4, 96, 96, 96, 2], jax.random.key(9)
-    pairs = zip(sizes, sizes[1:], strict=False)
+    pairs = pairwise(sizes)
     weights = [(jax.random.normal(jax.random.fold_in(key, i), (i, o)) * i**-0.5, jnp.zeros(o)) for i, o in pairs]
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 1500))
 
@@ -624,11 +630,11 @@ assert hits["never dropped", 3.0] < 0.2
 show("04_dropped", sheet(panels, 2))
 
 # %% [markdown]
-# Without guidance both are right. With it, the second sends its points away from the heaps: its answer to a
-# prompt that it has never seen is arbitrary, and guidance multiplies the difference to it.
+# Without guidance both are right. With it, the second sends its points away from the heaps: its answer to a prompt that
+# it has never seen is arbitrary, and guidance multiplies the difference to it.
 #
-# The model in the box was taught the empty prompt. We can break it in the same way, and give it for the second
-# answer something that it was never taught: random numbers in place of the encoded empty prompt.
+# The model in the box was taught the empty prompt. We can break it in the same way, and give it for the second answer
+# something that it was never taught: random numbers in place of the encoded empty prompt.
 
 # %%
 nonsense = np.asarray(normal(11, config.clip.length, config.clip.width)) * float(eight.std())
@@ -643,21 +649,21 @@ assert right_and_wrong[0].tobytes() == right_and_wrong[4].tobytes()  # at w = 1 
 # ## 5. CLIP: one space for pictures and words
 #
 # How did the text encoder learn what words look like? It was trained together with an image encoder, on pictures with
-# captions. Each of the two ends in a vector of 192 numbers. Scaled to length 1, the product of a text vector $u_i$ and a
-# picture vector $w_j$ is the cosine of the angle between them: 1 if they point the same way. The training makes the matrix of
-# all products large on its diagonal, where caption and picture belong together, and small elsewhere. With logits
-# $\ell_{ij} = s\,u_i \cdot w_j$ and a learnt factor $s$, the loss is (Radford et al., figure 3)
+# captions. Each of the two ends in a vector of 192 numbers. Scaled to length 1, the product of a text vector $u_i$ and
+# a picture vector $w_j$ is the cosine of the angle between them: 1 if they point the same way. The training makes the
+# matrix of all products large on its diagonal, where caption and picture belong together, and small elsewhere. With
+# logits $\ell_{ij} = s\,u_i \cdot w_j$ and a learnt factor $s$, the loss is (Radford et al., figure 3)
 #
-# $$-\frac{1}{2n} \sum_i \left( \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ij}}} + \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ji}}} \right)$$
+# $$-\frac{1}{2n} \sum_i \left(
+# \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ij}}} + \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ji}}} \right)$$
 #
 # In words: find the right picture for each caption, and the right caption for each picture. The image encoder is not
 # needed for drawing, but the box carries it. (An honest remark: our pictures were drawn by a UNet that reads this very
 # text encoder. But the image encoder knows nothing of the UNet; it has only ever seen real emoji.)
 
 # %%
-tower = jax.tree.map(
-    lambda leaf: jnp.asarray(leaf, jnp.float32), read_tensors(BOX_FOLDER / "image_encoder.safetensors")
-)
+stored = read_tensors(BOX_FOLDER / "image_encoder.safetensors")["image"]
+tower = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored)
 
 
 @jax.jit
@@ -687,12 +693,12 @@ show(
 # %% [markdown]
 # ## 6. Latents, and walks among them
 #
-# The autoencoder is a latent variable model, as in section 1: the hidden part is the latent $z$, and the encoder
-# gives the distribution $q(z \mid x) = N(m(x), s(x)^2)$ of latents for a picture $x$. It was trained with the same bound
+# The autoencoder is a latent variable model, as in section 1: the hidden part is the latent $z$, and the encoder gives
+# the distribution $q(z \mid x) = N(m(x), s(x)^2)$ of latents for a picture $x$. It was trained with the same bound
 # (Kingma & Welling, eq. 10). The decoder goes back. Three questions:
 #
-# *Is anything lost?* A little: we compare each picture with what comes back. PSNR is the squared error on a logarithmic scale, in
-# decibels: 20 dB is a typical error of one tenth of the range, 30 dB of one thirtieth.
+# *Is anything lost?* A little: we compare each picture with what comes back. PSNR is the squared error on a logarithmic
+# scale, in decibels: 20 dB is a typical error of one tenth of the range, 30 dB of one thirtieth.
 
 # %%
 back = decode(latents[:8])
@@ -700,15 +706,15 @@ mse = [np.square(to_array(a) - to_array(b)).mean() for a, b in zip(pictures[:8],
 psnr = -10 * np.log10(np.array(mse) / 4)  # pixels go from -1 to 1
 posterior = jax.jit(lambda x: VAE(config.vae).apply({"params": params["vae"]}, x, method="encode"))(pixels[:8])
 print("there and back:", *(f"{value:.1f} dB" for value in psnr))
-print(
-    f"latents: spread {latents.std():.2f}; the encoder's own uncertainty s(x): {jnp.exp(posterior.logvar / 2).mean():.3f}"
-)
+doubt = float(jnp.exp(posterior.logvar / 2).mean())
+print(f"latents: spread {latents.std():.2f}; the encoder's own uncertainty s(x): {doubt:.3f}")
 assert psnr.min() > 20
 show("06_there_and_back", sheet(enlarged(pictures[:8] + back), 8, [*PROMPTS[:8], *["and back"] * 8]))
 
 # %% [markdown]
-# *What do the numbers mean?* Here are the 16 numbers at each of the 8 x 8 positions of the cat, as 16 little maps, dark for small
-# and bright for large. They are not colours, but they lie where the cat lies: a latent is still a picture of some kind.
+# *What do the numbers mean?* Here are the 16 numbers at each of the 8 x 8 positions of the cat, as 16 little maps, dark
+# for small and bright for large. They are not colours, but they lie where the cat lies: a latent is still a picture of
+# some kind.
 
 # %%
 
@@ -723,14 +729,14 @@ channels = [grey(latents[1, :, :, c], -2.5, 2.5) for c in range(16)]
 show("06_channels", sheet(enlarged(channels), 8, [f"number {c}" for c in range(16)]))
 
 # %% [markdown]
-# *What lies between two latents?* We walk in a straight line from one to another and decode on the way. Halfway between two
-# latents is something like two pictures laid over each other. The autoencoder knows how to keep details
-# small, not what pictures mean.
+# *What lies between two latents?* We walk in a straight line from one to another and decode on the way. Halfway between
+# two latents is something like two pictures laid over each other. The autoencoder knows how to keep details small, not
+# what pictures mean.
 #
-# The UNet knows. So let us walk between two *noises*, with the same prompt, and draw a picture from each. Here a straight line
-# fails: halfway between two independent noises the spread is $\sqrt{0.5^2 + 0.5^2} = 0.71$ in place of 1, and the UNet
-# takes the missing noise for a missing picture. The way around is along the sphere (**slerp**): with
-# the angle $\theta$ between $a$ and $b$,
+# The UNet knows. So let us walk between two *noises*, with the same prompt, and draw a picture from each. Here a
+# straight line fails: halfway between two independent noises the spread is $\sqrt{0.5^2 + 0.5^2} = 0.71$ in place of 1,
+# and the UNet takes the missing noise for a missing picture. The way around is along the sphere (**slerp**): with the
+# angle $\theta$ between $a$ and $b$,
 #
 # $$\mathrm{slerp}(a, b; f) = \frac{\sin((1 - f)\,\theta)}{\sin\theta}\,a + \frac{\sin(f\,\theta)}{\sin\theta}\,b$$
 
@@ -759,18 +765,20 @@ show("06_walks", sheet(enlarged(walks), 8, names))
 # %% [markdown]
 # ## 7. Looking inside: group and layer normalisation
 #
-# Deep networks learn badly when the numbers in them grow or shrink from layer to layer. A **normalisation** sets
-# them right: subtract a mean $\mu$, divide by a standard deviation, then multiply by a learnt $\gamma$ and add a learnt $\beta$:
+# Deep networks learn badly when the numbers in them grow or shrink from layer to layer. A **normalisation** sets them
+# right: subtract a mean $\mu$, divide by a standard deviation, then multiply by a learnt $\gamma$ and add a learnt
+# $\beta$:
 #
 # $$y = \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 #
-# The kinds differ only in what $\mu$ and $\sigma$ are averaged *over*. Take an array of pictures x positions x channels.
+# The kinds differ only in what $\mu$ and $\sigma$ are averaged *over*. Take an array of pictures x positions x
+# channels.
 #
-# - **Group normalisation** (the residual blocks of UNet and autoencoder): the channels are divided into groups. One mean for
-#   each picture and group, over all positions and the group's channels.
+# - **Group normalisation** (the residual blocks of UNet and autoencoder): the channels are divided into groups. One
+#   mean for each picture and group, over all positions and the group's channels.
 # - **Layer normalisation** (all transformers): one mean for each picture and position, over all channels.
-# - Batch normalisation averages over the pictures as well. No network here has it: a picture would depend on
-#   what else is in the batch.
+# - Batch normalisation averages over the pictures as well. No network here has it: a picture would depend on what else
+#   is in the batch.
 #
 # In the drawing, entries of the same colour share a mean. Down go four positions, to the right eight channels.
 
@@ -806,8 +814,8 @@ names = [f"{kind}, picture {i}" for kind in ("group norm, 2 groups", "layer norm
 show("07_norms", sheet(drawn, 2, names))
 
 # %% [markdown]
-# The same in the real UNet. `nn.intercept_methods` hands us every call of every layer. We keep what goes into
-# each group normalisation and what comes out, and, for the next section, who attends to what.
+# The same in the real UNet. `nn.intercept_methods` hands us every call of every layer. We keep what goes into each
+# group normalisation and what comes out, and, for the next section, who attends to what.
 
 # %%
 
@@ -856,19 +864,19 @@ print(f"{path}: before, the groups' spreads go from {spreads.min():.2f} to {spre
 # %% [markdown]
 # ## 8. Attention: which word is seen where
 #
-# Convolutions see only neighbours. **Attention** lets every place look at every other. A place asks with a vector $q$ (the
-# query); all places, or all words, offer a vector $k$ (the key) and a content $v$ (the value). The better the key fits the query, the
-# more of the value is taken (Vaswani et al., eq. 1):
+# Convolutions see only neighbours. **Attention** lets every place look at every other. A place asks with a vector $q$
+# (the query); all places, or all words, offer a vector $k$ (the key) and a content $v$ (the value). The better the key
+# fits the query, the more of the value is taken (Vaswani et al., eq. 1):
 #
 # $$\mathrm{attention}(q, k, v) = \mathrm{softmax}\!\left(\frac{q\,k^\top}{\sqrt d}\right) v$$
 #
 # Here $d$ is the length of the vectors, and softmax, $e^{a_i} / \sum_j e^{a_j}$, makes a list of numbers into
-# probabilities that add up to 1. In **cross-attention** the queries are places in the picture and the keys are words: this is how the prompt
-# gets into the picture. In **self-attention** both are places in the picture.
+# probabilities that add up to 1. In **cross-attention** the queries are places in the picture and the keys are words:
+# this is how the prompt gets into the picture. In **self-attention** both are places in the picture.
 #
-# We caught these probabilities in the last section. For a word, its column is a map over the 8 x 8 places; we
-# average it over the layers of that size, their heads (parallel copies), and the noise levels. Each map is scaled on its
-# own, from its smallest value (black) to its largest (white); the number is its mean.
+# We caught these probabilities in the last section. For a word, its column is a map over the 8 x 8 places; we average
+# it over the layers of that size, their heads (parallel copies), and the noise levels. Each map is scaled on its own,
+# from its smallest value (black) to its largest (white); the number is its mean.
 
 # %%
 assert all(np.allclose(weights.sum(-1), 1, atol=1e-5) for weights in attention.values())  # probabilities
@@ -899,17 +907,17 @@ show("08_cross_attention", sheet(maps, 7, names))
 weights = averaged("cross_attention", slice(0, 6))
 small = np.asarray(pictures[8].resize((8, 8), Image.Resampling.BOX), float).reshape(64, 3)
 red = (small[:, 0] > 180) & (small[:, 1] < 130) & (small[:, 2] < 120)  # where the hair is
-hair, woman = weights[:, 4], weights[:, 1]
-print(
-    f'"hair" is looked at {hair[red].mean() / hair[~red].mean():.1f} times as much where the picture is red as elsewhere'
-)
-assert hair[red].mean() > 1.3 * hair[~red].mean()
+hair = weights[:, 4]
+ratio = hair[red].mean() / hair[~red].mean()
+print(f'"hair" is looked at {ratio:.1f} times as much from where the picture is red as from elsewhere')
+assert ratio > 1.3
 
 # %% [markdown]
-# "hair" lights up along the hair. "woman" follows her outline and shoulders, the one thing that "hair" leaves
-# open. Do not read too much into such maps. The start token, which stands before every prompt and says nothing, takes more than half of all
-# the attention: softmax has to spend its 1 somewhere, and a network learns to leave it where it does no harm. And the padding
-# behind the end is no rest either: the text encoder has written the sense of the whole prompt into it.
+# "hair" lights up along the hair. "woman" follows her outline and shoulders, the one thing that "hair" leaves open. Do
+# not read too much into such maps. The start token, which stands before every prompt and says nothing, takes more than
+# half of all the attention: softmax has to spend its 1 somewhere, and a network learns to leave it where it does no
+# harm. And the padding behind the end is no rest either: the text encoder has written the sense of the whole prompt
+# into it.
 #
 # Self-attention: where does one place look? The place is marked in the picture; white is where it looks most.
 
@@ -928,14 +936,15 @@ show("08_self_attention", sheet(maps, 9, names))
 #
 # The network was trained on 1000 noise levels. Must we visit them all? Look at how it was trained: each time with one
 # $x_t$, made in one leap from $x_0$. It has never seen the chain. The loss knows only $q(x_t \mid x_0)$, and so **any
-# other process that goes through the same $q(x_t \mid x_0)$ can use the same network** (Song et al.). DDIM is
-# such a process, and adds no noise at all: from $x_t$ take the guess $\hat x_0$, find the noise that belongs to it, and leap
+# other process that goes through the same $q(x_t \mid x_0)$ can use the same network** (Song et al.). DDIM is such a
+# process, and adds no noise at all: from $x_t$ take the guess $\hat x_0$, find the noise that belongs to it, and leap
 # with both to any earlier $s$:
 #
 # $$\hat\varepsilon = \frac{x_t - \sqrt{\bar\alpha_t}\,\hat x_0}{\sqrt{1 - \bar\alpha_t}} \qquad\qquad
 # x_s = \sqrt{\bar\alpha_s}\,\hat x_0 + \sqrt{1 - \bar\alpha_s}\;\hat\varepsilon$$
 #
-# For 50 steps one takes every 20th timestep: 980, 960, ..., 20, 0. (Stable Diffusion adds 1 to each; that is the spacing "leading".)
+# For 50 steps one takes every 20th timestep: 980, 960, ..., 20, 0. (Stable Diffusion adds 1 to each; that is the
+# spacing "leading".)
 
 # %%
 
@@ -955,18 +964,16 @@ assert every_20th == [t + 1 for t in range(980, -1, -20)]
 visited = schedule.timesteps(schedule.levels(20, "leading")[:-1]).round().astype(int).tolist()
 noise = normal(16, 8, *SHAPE)
 ours = decode(sampled(noise, visited, eight, ddim_step)[0])
-same = [
-    Request(p, steps=20, sampler="ddim", spacing="leading", guidance=1, noise=np.asarray(n))
-    for p, n in zip(PROMPTS, noise)
-]
+settings = dict(steps=20, sampler="ddim", spacing="leading", guidance=1)
+same = [Request(prompt, noise=np.asarray(one), **settings) for prompt, one in zip(PROMPTS[:8], noise, strict=True)]
 theirs = draw(same)
 difference = max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(ours, theirs, strict=True))
 print(f"this loop and sdjax make the same pictures, but for {difference} of 255")
 assert difference <= 2
 
 # %% [markdown]
-# How few are enough? The same noise and prompt with fewer and fewer steps. The distance is to the picture of 50 steps (root of the mean
-# square, in units of the whole range).
+# How few are enough? The same noise and prompt with fewer and fewer steps. The distance is to the picture of 50 steps
+# (root of the mean square, in units of the whole range).
 
 # %%
 
@@ -982,14 +989,15 @@ show("09_skipping", sheet(enlarged(fewer), 8, [f"{n} steps, {d:.2f}" for n, d in
 assert apart[0] > apart[3] > apart[5] > apart[7] == 0
 
 # %% [markdown]
-# The path from noise to picture is smooth, so large steps miss it by little. Better samplers follow it more closely with the same
-# number of calls: a step of "dpmpp_2m" uses the guess before as well, to see how the path bends. Our ten steps are of that kind.
+# The path from noise to picture is smooth, so large steps miss it by little. Better samplers follow it more closely
+# with the same number of calls: a step of "dpmpp_2m" uses the guess before as well, to see how the path bends. Our ten
+# steps are of that kind.
 #
 # ## 10. Image to image: strength is freedom
 #
 # Sampling need not start from pure noise. Encode a picture, leap forward to some $t$ with `q_sample`, and go back from
-# there with another prompt. What the noise has covered is free to become something else; what still shows
-# through stays. The setting `strength` is the part of the steps that are run:
+# there with another prompt. What the noise has covered is free to become something else; what still shows through
+# stays. The setting `strength` is the part of the steps that are run:
 #
 # $$\text{start at } x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1 - \bar\alpha_t}\,\varepsilon
 # \quad\text{with } t \text{ of step number}\quad n - \lfloor n \cdot \text{strength} \rfloor$$
@@ -1008,14 +1016,14 @@ assert apart[0] < apart[2] < apart[4] < apart[7]  # more freedom, further away
 # %% [markdown]
 # ## 11. Inpainting: keeping the known
 #
-# One part of a picture is to be drawn anew, the rest kept. Of the rest we know $x_0$, so there we need no guess. With
-# a mask $m$, 1 where we draw and 0 where we keep, the network's guess is corrected before every step:
+# One part of a picture is to be drawn anew, the rest kept. Of the rest we know $x_0$, so there we need no guess. With a
+# mask $m$, 1 where we draw and 0 where we keep, the network's guess is corrected before every step:
 #
 # $$\hat x_0 \;\leftarrow\; m\,\hat x_0 + (1 - m)\,x_0$$
 #
-# That is `sdjax.diffusion.denoiser.keep_known`, one line around the denoiser. The network sees the known part
-# in every $x_t$, and draws what fits to it. At the end the kept pixels are copied from the picture itself, since encoding and decoding would
-# change them a little.
+# That is `sdjax.diffusion.denoiser.keep_known`, one line around the denoiser. The network sees the known part in every
+# $x_t$, and draws what fits to it. At the end the kept pixels are copied from the picture itself, since encoding and
+# decoding would change them a little.
 
 # %%
 mask = Image.new("L", (64, 64), 0)
@@ -1035,8 +1043,8 @@ print("the known half is kept to the byte in all", len(filled))
 # %% [markdown]
 # ## Where to go from here
 #
-# `examples/pure_functions.py` draws a picture with the functions of sdjax alone. `sdjax/diffusion/` holds sections 2 to 4
-# and 9 to 11, `sdjax/models/` the networks, `sdjax/train/losses.py` all losses. The papers:
+# `examples/pure_functions.py` draws a picture with the functions of sdjax alone. `sdjax/diffusion/` holds sections 2 to
+# 4 and 9 to 11, `sdjax/models/` the networks, `sdjax/train/losses.py` all losses. The papers:
 #
 # - Kingma & Welling 2014, *Auto-Encoding Variational Bayes*: the bound, the autoencoder.
 # - Ho, Jain & Abbeel 2020, *Denoising Diffusion Probabilistic Models*: sections 2 and 3.

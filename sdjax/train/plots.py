@@ -67,7 +67,7 @@ def curves(
         draw.text((left - 6, y), _number(y_value, log_y), fill="black", font=_font(), anchor="rm")
     draw.text((left, 6), title, fill="black", font=_font())
     draw.text((right, size[1] - 4), x_label, fill="black", font=_font(), anchor="rd")
-    for i, (name, found) in enumerate(points.items()):
+    for i, found in enumerate(points.values()):
         colour = COLOURS[i % len(COLOURS)]
         line = place(found)
         if len(line) > 1:
@@ -88,7 +88,10 @@ def _emptiest(
     left, top, right, bottom = axes
     width, height = max(_font().getlength(name) for name in names) + 12, len(names) * TEXT_HEIGHT + 8
     along = np.linspace(left, right, 400)
-    at = [(along, np.interp(along, *np.array(sorted(line)).T, np.nan, np.nan)) for line in lines]
+    at = []
+    for line in lines:
+        xs, ys = np.array(sorted(line)).T
+        at.append((along, np.interp(along, xs, ys, np.nan, np.nan)))
 
     def crossed(corner: tuple[float, float]) -> int:
         x, y = corner
@@ -107,7 +110,7 @@ def scatter(
     limit: float,
     size: tuple[int, int] = (320, 340),
 ) -> Image.Image:
-    """A dot for every point f[n, 2] of each of `groups`, both axes from -limit to limit; what is outside is left out."""
+    """A dot for each point f[n, 2] of each of `groups`; both axes go from -limit to limit, others are left out."""
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 8, 24, size[0] - 8, size[1] - 12
@@ -131,13 +134,13 @@ def matrix(
     columns: Sequence[Image.Image] = (),
     cell: int = 32,
 ) -> Image.Image:
-    """f[n, m] as squares with their numbers, the darker the larger; a name left of each row, a picture above each column."""
+    """f[n, m] as squares with their numbers, the darker the larger; a name for each row, a picture for each column."""
     values = np.asarray(values, np.float64)
     low, span = values.min(), np.ptp(values) or 1.0
     left = 8 + int(max(_font().getlength(name) for name in rows)) + 8
     top = 24 + (cell if columns else 0)
     image = Image.new("RGB", (left + cell * values.shape[1] + 8, top + cell * values.shape[0] + 8), "white")
-    draw = ImageDraw.Draw(image)
+    draw, small = ImageDraw.Draw(image), ImageFont.load_default(10)
     draw.text((8, 6), title, fill="black", font=_font())
     for j, picture in enumerate(columns):
         image.paste(picture.resize((cell - 2, cell - 2)), (left + j * cell + 1, 24))
@@ -149,24 +152,8 @@ def matrix(
             x, y = left + j * cell, top + i * cell
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
             ink = "white" if dark > 0.5 else "black"
-            draw.text(
-                (x + cell / 2, y + cell / 2), f"{value:.2f}", fill=ink, font=ImageFont.load_default(10), anchor="mm"
-            )
+            draw.text((x + cell / 2, y + cell / 2), f"{value:.2f}", fill=ink, font=small, anchor="mm")
     return image
-
-
-def stack(pictures: Sequence[Image.Image], titles: Sequence[str] = ()) -> Image.Image:
-    """Pictures of any size one below the other, each with its title above it."""
-    above = TEXT_HEIGHT + 6 if titles else 0
-    height = sum(picture.height + above for picture in pictures)
-    whole = Image.new("RGB", (max(picture.width for picture in pictures), height), "white")
-    draw, y = ImageDraw.Draw(whole), 0
-    for i, picture in enumerate(pictures):
-        if titles:
-            draw.text((4, y + 5), titles[i], fill="black", font=_font())
-        whole.paste(picture, (0, y + above))
-        y += picture.height + above
-    return whole
 
 
 def _finite(xs: Sequence[float], ys: Sequence[float], log_x: bool, log_y: bool) -> np.ndarray:
