@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from PIL import Image
+from PIL import Image, ImageColor
 
 import sdjax
 from sdjax.config import BOX_VISION
@@ -60,7 +60,7 @@ from sdjax.pipeline import functions
 from sdjax.request import Request
 from sdjax.storage.checkpoint import read_tensors
 from sdjax.train.losses import contrastive_loss, diffusion_loss, drop_prompts, unit, variational_bound
-from sdjax.train.plots import curves, matrix, scatter, sheet
+from sdjax.train.plots import COLOURS, curves, matrix, scatter, sheet
 from sdjax.types import Guidance
 
 
@@ -105,7 +105,7 @@ def draw(requests):
     return [made[id(request)] for request in requests]
 
 
-def enlarged(pictures, size=112):
+def enlarged(pictures, size=124):
     return [picture.resize((size, size), Image.Resampling.NEAREST) for picture in pictures]
 
 
@@ -508,10 +508,24 @@ for name, terms in found.items():
 total = {name: np.asarray(terms["total"]) for name, terms in found.items()}
 assert (total["right prompts"] < total["v = 0"]).all()
 assert total["right prompts"].mean() < total["wrong prompts"].mean()
-lines = {name: (chosen[1:], terms["diffusion"].mean(0)) for name, terms in found.items()}
+step_by_step = {name: np.asarray(terms["diffusion"]).mean(0) for name, terms in found.items()}
+lines = {name: (chosen[1:], values) for name, values in step_by_step.items()}
 show(
     "03_bound", curves(lines, title="nats of one step: KL(q(x_s | x_t, x_0) || p(x_s | x_t))", x_label="t", log_y=True)
 )
+
+# %% [markdown]
+# Read the curves from the right, as the sampler goes. At large $t$ the prompt is nearly everything: a network with the
+# wrong prompt does no better there than one that knows nothing. Here it is decided what the picture shows. At small $t$
+# the noise is so weak that the picture itself says what it is, and the prompt matters little. Yet most nats are spent
+# there, on fine details. (The reconstruction term is negative because $p(x_0)$ is a density, and a density may be
+# larger than 1. With all 1000 steps the totals would be much smaller, as for the coin.)
+
+# %%
+gain = step_by_step["wrong prompts"] / step_by_step["right prompts"]
+late, early = gain[np.searchsorted(chosen[1:], 900)], gain[0]
+print(f"wrong prompts cost {late:.0f} times as much at t = 900, {early:.2f} times as much at t = {chosen[1]}")
+assert late > 3 > early
 
 # %% [markdown]
 # ## 4. Classifier-free guidance
@@ -546,6 +560,7 @@ contrast = [float(np.asarray(picture, float).std()) for picture in guided_pictur
 print("difference between the prompts:", *(f"w = {w}: {d:.1f}" for w, d in zip(WEIGHTS, apart, strict=True)))
 print("contrast of the owl:", *(f"w = {w}: {c:.0f}" for w, c in zip(WEIGHTS, contrast, strict=True)))
 assert apart[0] < 1 < apart[4]
+assert contrast[1] < contrast[4] < contrast[7]
 
 # %% [markdown]
 # ### What guidance needs: the dropped prompt
@@ -702,7 +717,8 @@ show(
 # (Kingma & Welling, eq. 10). The decoder goes back. Three questions:
 #
 # *Is anything lost?* A little: we compare each picture with what comes back. PSNR is the squared error on a logarithmic
-# scale, in decibels: 20 dB is a typical error of one tenth of the range, 30 dB of one thirtieth.
+# scale, in decibels: 20 dB is a typical error of one tenth of the range, 30 dB of one thirtieth. (Our pictures came out
+# of this decoder before, which makes them easy. The real emoji lose more.)
 
 # %%
 back = decode(latents[:8])
@@ -737,9 +753,10 @@ show("06_channels", sheet(enlarged(channels), 8, [f"number {c}" for c in range(1
 # two latents is something like two pictures laid over each other. The autoencoder knows how to keep details small, not
 # what pictures mean.
 #
-# The UNet knows. So let us walk between two *noises*, with the same prompt, and draw a picture from each. Here a
-# straight line fails: halfway between two independent noises the spread is $\sqrt{0.5^2 + 0.5^2} = 0.71$ in place of 1,
-# and the UNet takes the missing noise for a missing picture. The way around is along the sphere (**slerp**): with the
+# The UNet knows. So let us walk between two *noises* and draw a picture from each, first with an empty prompt and
+# without guidance, where the noise alone decides. A straight line is not good here: halfway between two independent
+# noises the spread is $\sqrt{0.5^2 + 0.5^2} = 0.71$ in place of 1, and the UNet takes the missing noise for missing
+# details. The pictures in the middle of the line are flat. The way around is along the sphere (**slerp**): with the
 # angle $\theta$ between $a$ and $b$,
 #
 # $$\mathrm{slerp}(a, b; f) = \frac{\sin((1 - f)\,\theta)}{\sin\theta}\,a + \frac{\sin(f\,\theta)}{\sin\theta}\,b$$
@@ -762,9 +779,20 @@ assert lines[3:5].std() < 0.75
 assert abs(arcs[3:5].std() - 1) < 0.05
 walks = decode(straight)
 for noise in (lines, arcs):
-    walks += draw([Request("butterfly", steps=STEPS, noise=one) for one in noise])
-names = [f"{kind} {f:.2f}" for kind in ("latents", "noise, line", "noise, slerp") for f in FRACTIONS]
-show("06_walks", sheet(enlarged(walks), 8, names))
+    walks += draw([Request("", guidance=1, steps=STEPS, noise=one) for one in noise])
+walks += draw([Request("fruit", guidance=2, steps=STEPS, noise=one) for one in arcs])
+kinds = ("latents", "noises, line", "noises, slerp", "fruit, slerp")
+show("06_walks", sheet(enlarged(walks), 8, [f"{kind} {f:.2f}" for kind in kinds for f in FRACTIONS]))
+
+
+def detail(picture):
+    """The mean difference of neighbouring pixels."""
+    return float(np.abs(np.diff(np.asarray(picture, float), axis=1)).mean())
+
+
+in_line, in_arc = (np.mean([detail(walks[8 * row + i]) for i in (2, 3, 4, 5)]) for row in (1, 2))
+print(f"differences of neighbouring pixels in the middle: line {in_line:.2f}, slerp {in_arc:.2f}")
+assert in_line < in_arc
 
 # %% [markdown]
 # ## 7. Looking inside: group and layer normalisation
@@ -806,10 +834,10 @@ print(f"after layer norm {np.abs(by_layer.reshape(2, 4, 2, 4).mean((1, 3))).max(
 
 def shared(owner):
     """Pictures x positions x channels as squares, coloured by the number of the mean that each belongs to."""
-    tones = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)]
-    tones += [(227, 119, 194), (127, 127, 127)]
-    pixels = np.array(tones, np.uint8)[owner]
-    return [Image.fromarray(one).resize((192, 96), Image.Resampling.NEAREST) for one in pixels]
+    tones = np.array([ImageColor.getrgb(colour) for colour in COLOURS[:8]], np.uint8)
+    cells = np.kron(tones[owner], np.ones((1, 28, 28, 1), np.uint8))
+    cells[:, ::28], cells[:, :, ::28] = 255, 255  # white lines between them
+    return [Image.fromarray(one) for one in cells]
 
 
 picture, position, channel = np.indices((2, 4, 8))
@@ -894,7 +922,7 @@ def averaged(kind, rows):
 
 def mapped(values):
     """f[64] as a picture."""
-    return grey(values.reshape(8, 8), values.min(), values.max()).resize((112, 112), Image.Resampling.BICUBIC)
+    return grey(values.reshape(8, 8), values.min(), values.max()).resize((124, 124), Image.Resampling.BICUBIC)
 
 
 maps, names = [], []
@@ -917,11 +945,11 @@ print(f'"hair" is looked at {ratio:.1f} times as much from where the picture is 
 assert ratio > 1.3
 
 # %% [markdown]
-# "hair" lights up along the hair. "woman" follows her outline and shoulders, the one thing that "hair" leaves open. Do
-# not read too much into such maps. The start token, which stands before every prompt and says nothing, takes more than
-# half of all the attention: softmax has to spend its 1 somewhere, and a network learns to leave it where it does no
-# harm. And the padding behind the end is no rest either: the text encoder has written the sense of the whole prompt
-# into it.
+# "hair" lights up along the hair, "woman" along her outline and shoulders. Do not read too much into such maps. "red"
+# looks at the face, and "mask" all around the mask. The start token, which stands before every prompt and says nothing,
+# takes most of the attention: softmax has to spend its 1 somewhere, and a network learns to spend it where it does no
+# harm. The padding behind the end is not empty either: the text encoder has written the sense of the whole prompt into
+# it.
 #
 # Self-attention: where does one place look? The place is marked in the picture; white is where it looks most.
 
@@ -929,8 +957,8 @@ assert ratio > 1.3
 weights = averaged("self_attention", slice(0, 6))
 maps, names = enlarged(pictures[8:9]), [PROMPTS[8]]
 for name, (row, column) in {"hair": (1, 3), "face": (4, 3), "dress": (7, 2), "background": (3, 0)}.items():
-    marked = pictures[8].resize((112, 112), Image.Resampling.NEAREST)
-    marked.paste((0, 0, 255), (14 * column + 4, 14 * row + 4, 14 * column + 11, 14 * row + 11))
+    marked = enlarged(pictures[8:9])[0]
+    marked.paste((0, 0, 255), (31 * column // 2 + 4, 31 * row // 2 + 4, 31 * column // 2 + 12, 31 * row // 2 + 12))
     maps += [marked, mapped(weights[8 * row + column])]
     names += [f"from the {name}", "it looks here"]
 show("08_self_attention", sheet(maps, 9, names))
@@ -989,7 +1017,9 @@ def distance(a, b):
 COUNTS = [1, 2, 3, 5, 8, 12, 20, 32]
 fewer = draw([Request("rocket", steps=n, sampler="ddim", spacing="trailing", seed=5) for n in COUNTS])
 apart = [distance(picture, fewer[-1]) for picture in fewer]
-show("09_skipping", sheet(enlarged(fewer), 8, [f"{n} steps, {d:.2f}" for n, d in zip(COUNTS, apart, strict=True)]))
+show(
+    "09_skipping", sheet(enlarged(fewer), 8, [f"steps {n}, off by {d:.3f}" for n, d in zip(COUNTS, apart, strict=True)])
+)
 assert apart[0] > apart[3] > apart[5] > apart[7] == 0
 
 # %% [markdown]
@@ -1026,8 +1056,9 @@ assert apart[0] < apart[2] < apart[4] < apart[7]  # more freedom, further away
 # $$\hat x_0 \;\leftarrow\; m\,\hat x_0 + (1 - m)\,x_0$$
 #
 # That is `sdjax.diffusion.denoiser.keep_known`, one line around the denoiser. The network sees the known part in every
-# $x_t$, and draws what fits to it. At the end the kept pixels are copied from the picture itself, since encoding and
-# decoding would change them a little.
+# $x_t$, and draws what fits to it, as far as the prompt lets it: sunglasses fit to the lower half of a smile, an owl
+# does not fit to the lower half of a cat, and leaves a seam. At the end the kept pixels are copied from the picture
+# itself, since encoding and decoding would change them a little.
 
 # %%
 mask = Image.new("L", (64, 64), 0)

@@ -87,11 +87,11 @@ def _emptiest(
     """The place of a legend's lowest line, in that corner of the axes which the lines cross least."""
     left, top, right, bottom = axes
     width, height = max(_font().getlength(name) for name in names) + 12, len(names) * TEXT_HEIGHT + 8
-    along = np.linspace(left, right, 400)
     at = []
     for line in lines:
-        xs, ys = np.array(sorted(line)).T
-        at.append((along, np.interp(along, xs, ys, np.nan, np.nan)))
+        xs, ys = np.array(line).T
+        along = np.linspace(0, len(line) - 1, 400)
+        at.append([np.interp(along, np.arange(len(line)), values) for values in (xs, ys)])
 
     def crossed(corner: tuple[float, float]) -> int:
         x, y = corner
