@@ -12,9 +12,9 @@ same as a notebook (`python examples/make_notebook.py examples/walkthrough.py` m
 # %% [markdown]
 # # Stable Diffusion, from a coin to a picture
 #
-# This page builds up Stable Diffusion in eleven steps. Each step has an idea, its equation, the code, and a picture. It
-# uses a small model that comes with sdjax: it draws 64 x 64 pictograms for the names of emoji, and runs on any
-# computer. Everything said here is true of the large models too; they only have more numbers in them.
+# This page builds up Stable Diffusion in eleven steps. Each has an idea, its equation, the code, and a picture. It uses
+# a small model that comes with sdjax: it draws 64 x 64 pictograms for the names of emoji, and runs on any computer. The
+# ideas are those of the large models, which only have more numbers in them.
 #
 # You need Python, school mathematics, and two facts about probability:
 #
@@ -23,7 +23,8 @@ same as a notebook (`python examples/make_notebook.py examples/walkthrough.py` m
 #   is called the variance. If $\varepsilon$ is drawn from $N(0, 1)$, then $m + s\,\varepsilon$ is drawn from
 #   $N(m, s^2)$.
 #
-# Numbers in brackets after an equation say where it comes from; the list of papers is at the end.
+# For arrays of numbers, the same happens to each number by itself. Brackets such as (Ho et al., eq. 2) say where an
+# equation comes from; the list of papers is at the end.
 
 # %% command line
 import argparse
@@ -36,6 +37,7 @@ folder.mkdir(parents=True, exist_ok=True)
 
 # %%
 import math
+from functools import partial
 from itertools import pairwise
 
 import flax.linen as nn
@@ -81,7 +83,8 @@ def normal(seed, *shape):
 #
 # Three networks work together:
 #
-# - The **text encoder** turns a prompt into numbers: here 32 rows of 192.
+# - The **text encoder** turns a prompt into numbers. The prompt is cut into at most 32 pieces, called tokens; each
+#   becomes a row of 192 numbers.
 # - The **UNet** removes noise. This is where pictures come from; sections 2 to 4 and 8 to 11 are about it.
 # - The **autoencoder** translates between pictures and *latents*. A latent is a smaller array that stands for the
 #   picture: here 8 x 8 positions with 16 numbers each, 1,024 in place of 12,288. The UNet sees only latents. Section 6
@@ -109,6 +112,11 @@ def enlarged(pictures, size=124):
     return [picture.resize((size, size), Image.Resampling.NEAREST) for picture in pictures]
 
 
+def distance(a, b):
+    """How far two pictures are apart: root of the mean squared difference, 1 from all black to all white."""
+    return float(np.sqrt(np.square((np.asarray(a, float) - np.asarray(b, float)) / 255).mean()))
+
+
 pictures = draw([Request(prompt, steps=STEPS) for prompt in PROMPTS])
 show("00_drawn", sheet(enlarged(pictures), 8, PROMPTS))
 
@@ -131,9 +139,10 @@ print("pictures", pixels.shape, "latents", latents.shape)
 # %% [markdown]
 # ## 1. The joint distribution and the marginal
 #
-# A model of pictures is a probability distribution $p(x)$: how likely is the picture $x$? Nobody can write down such a
-# distribution. The way out is to invent something that we do not see, call it $z$, and to tell how $x$ comes about:
-# first $z$ is drawn, then $x$ given $z$. Models of this kind are called *latent variable models*; latent means hidden.
+# A model of pictures is a probability distribution $p(x)$: how likely is the picture $x$? (Where $x$ can be any number,
+# $p(x)$ is a density: the area under its curve is the probability.) Nobody can write down such a distribution. The way
+# out is to invent something that we do not see, call it $z$, and to tell how $x$ comes about: first $z$ is drawn, then
+# $x$ given $z$. Models of this kind are called *latent variable models*; latent means hidden.
 #
 # The smallest one: $z$ is a bent coin that shows 0 with probability 0.7 and 1 with probability 0.3. Then $x$ is a
 # single number, drawn from $N(-1, 0.5^2)$ if the coin shows 0, and from $N(+1, 0.5^2)$ if it shows 1.
@@ -192,7 +201,8 @@ show("01_joint", curves(lines, title="a coin z decides where x is drawn", x_labe
 # %% [markdown]
 # ## 2. Forward: adding noise, in a chain or in one leap
 #
-# One step of the chain shrinks the latent a little and adds a little noise (Ho et al., eq. 2):
+# One step of the chain shrinks the latent a little and adds a little noise $\varepsilon$, fresh from $N(0, 1)$ (Ho et
+# al., eq. 2):
 #
 # $$q(x_t \mid x_{t-1}) = N\!\left(\sqrt{1 - \beta_t}\; x_{t-1},\; \beta_t\right)
 # \qquad\text{or}\qquad x_t = \sqrt{1 - \beta_t}\; x_{t-1} + \sqrt{\beta_t}\;\varepsilon$$
@@ -210,8 +220,9 @@ show("01_joint", curves(lines, title="a coin z decides where x is drawn", x_labe
 # because sums of independent normal numbers are normal, and their variances add up. So $\bar\alpha_t$ is the share of
 # the picture in the variance, and $1 - \bar\alpha_t$ the share of the noise.
 #
-# **One thing about counting**: papers count the noised steps from 1 to 1000. The code counts from 0 to 999. From here
-# on we count as the code does: $t = 0$ has one dose of noise, $t = 999$ a thousand. The clean $x_0$ keeps its name.
+# **One thing about counting**: papers count the noised versions from 1 to 1000. The code counts from 0 to 999. From
+# here on we count as the code does: $t = 0$ has one dose of noise, $t = 999$ a thousand, and the first of the $\beta$s
+# is $\beta_0$. The clean latent keeps its name $x_0$.
 
 # %%
 schedule = noise_schedule(config.schedule)
@@ -237,13 +248,12 @@ for t in range(T):
 def chain(x):
     """q_step a thousand times: every x_t on the way, f[1000, ...]."""
 
-    def one(x, t):
-        x = q_step(
-            schedule, x, jnp.full(len(x), t), jax.random.normal(jax.random.fold_in(jax.random.key(1), t), x.shape)
-        )
+    def one(x, moment):
+        t, key = moment
+        x = q_step(schedule, x, jnp.full(len(x), t), jax.random.normal(key, x.shape))
         return x, x
 
-    return jax.lax.scan(one, x, jnp.arange(T))[1]
+    return jax.lax.scan(one, x, (jnp.arange(T), jax.random.split(jax.random.key(1), T)))[1]
 
 
 def leap(x, t, seed):
@@ -291,9 +301,9 @@ show("02_noised", noised)
 # %% [markdown]
 # ## 3. Backward: removing noise, and the bound
 #
-# If we knew $x_0$, one step back would be easy. Of three normal distributions, everything is known: given $x_t$ and
-# $x_0$, the step before is normal again, with a mean between the two (Ho et al., eq. 6 and 7). For a step from $t$ down
-# to some earlier $s$, with $\alpha = \bar\alpha_t / \bar\alpha_s$ and $\beta = 1 - \alpha$:
+# If we knew $x_0$, a step back would be easy. Given both $x_t$ and $x_0$, the version before $x_t$ is normal, too, with
+# a mean between the two (Ho et al., eq. 6 and 7; it follows from the formulas of section 2 by Bayes' rule). For a step
+# from $t$ down to some earlier $s$, with $\alpha = \bar\alpha_t / \bar\alpha_s$ and $\beta = 1 - \alpha$:
 #
 # $$q(x_s \mid x_t, x_0) = N\!\left(
 # \frac{\sqrt{\bar\alpha_s}\,\beta}{1 - \bar\alpha_t}\; x_0
@@ -333,9 +343,8 @@ def x0_hat(x, t, v):
 noise, ts = normal(3, 8, *SHAPE), jnp.array(SHOWN)
 x_t = q_sample(schedule, jnp.tile(cat, (8, 1, 1, 1)), ts, noise)
 a = per_image(jnp.asarray(alpha_bar, jnp.float32)[ts], x_t)
-assert np.allclose(
-    x0_hat(x_t, ts, jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * cat), cat, atol=1e-4
-)  # the right v, the right x_0
+right_v = jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * cat
+assert np.allclose(x0_hat(x_t, ts, right_v), cat, atol=1e-4)  # the right v gives the right x_0
 
 guesses = x0_hat(x_t, ts, unet(x_t, ts, context_of(["cat face"] * 8)))
 errors = jnp.square(guesses - cat).mean((1, 2, 3))
@@ -383,12 +392,13 @@ names = [f"x after t = {visited[i]}" for i in places] + [f"guess at t = {visited
 show("03_reverse", sheet(enlarged(decode(way[0]) + decode(way[1])), 8, names))
 
 # %% [markdown]
-# In sdjax samplers are tables of coefficients, worked out beforehand, in the unit $x_t / \sqrt{\bar\alpha_t}$. The
-# table of "ddpm" holds the formula above. One step of both, to see that they agree:
+# In sdjax a sampler is a table of coefficients, worked out beforehand. It works on $x_t / \sqrt{\bar\alpha_t}$, which
+# is the latent at its full size plus noise of spread $\sigma_t = \sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}$. The table
+# of "ddpm" holds the formula above. One step of both, to see that they agree:
 
 # %%
 t, s = 519, 479
-sigma = schedule.sigmas[[t, s]]  # the noise in that unit: sqrt((1 - alpha_bar) / alpha_bar)
+sigma = schedule.sigmas[[t, s]]
 row = jax.tree.map(lambda leaf: jnp.float32(leaf[0]), SAMPLERS["ddpm"].rows(schedule, sigma))
 x, guess, fresh = normal(5, 8, *SHAPE), normal(6, 8, *SHAPE), normal(7, 8, *SHAPE)
 theirs = step(lambda x, level: guess, first_carry(x / math.sqrt(alpha_bar[t])), row, fresh).x * math.sqrt(alpha_bar[s])
@@ -411,9 +421,9 @@ assert difference < 1e-5
 # $\mathrm{KL}(q \,\|\, p) = \sum_z q(z) \log \frac{q(z)}{p(z \mid x)}$, which is never negative, and 0 only where the
 # two are the same.
 #
-# Here it is for the coin, for a number seen at $x = 0.3$. Since $z$ has two values, $q$ is one number: the probability
-# that we give to $z = 1$. The bound touches the truth at the posterior, and nowhere else. (With natural logs the unit
-# is the *nat*. A nat is 1.44 bits.)
+# Here it is for the coin of section 1, for a number seen at $x = 0.3$. Since $z$ has two values, $q$ is one number: the
+# probability that we give to $z = 1$. The bound touches the truth at the posterior, and nowhere else. (With natural
+# logs the unit is the *nat*. A nat is 1.44 bits.)
 
 # %%
 seen = np.array(0.3)
@@ -476,31 +486,25 @@ assert losses[0] > losses[1] > losses[2] > truth
 assert losses[2] - truth < 0.5
 
 # %% [markdown]
-# Now the UNet, on eight latents, with 50 steps; all numbers are per number of the latent. It is asked three times: with
-# the right prompts, with the prompts of other pictures, and not at all. The last answers $v = 0$ to everything, which
-# would be ideal if latents were pure $N(0, 1)$ noise. What lies between is what the network knows about pictures, and
-# what the right words add to it.
+# Now the UNet, on eight latents, with 50 steps. All values are nats for each of the 1,024 numbers of a latent. The
+# network is asked twice, with the right prompts and with those of other pictures. For comparison, a third one knows
+# nothing and answers $v = 0$ to everything, which would be ideal if latents were pure noise from $N(0, 1)$.
 
 # %%
 chosen = np.linspace(0, T - 1, 50).round().astype(int)
 
 
-@jax.jit
-def bounded(context):
-    """The terms of the bound for the first eight latents and their prompts."""
-    return variational_bound(unet, schedule, latents[:8], context, jax.random.key(8), prediction="v", timesteps=chosen)
+def bounded(predict, context):
+    """The terms of the bound for the first eight latents and a prompt for each."""
+    key = jax.random.key(8)
+    return variational_bound(predict, schedule, latents[:8], context, key, prediction="v", timesteps=chosen)
 
 
-def nothing(x, t, context):
-    return jnp.zeros_like(x)
-
-
+bounded_unet = jax.jit(lambda context: bounded(unet, context))
 found = {
-    "v = 0": variational_bound(
-        nothing, schedule, latents[:8], eight, jax.random.key(8), prediction="v", timesteps=chosen
-    ),
-    "wrong prompts": bounded(jnp.roll(eight, 1, axis=0)),
-    "right prompts": bounded(eight),
+    "v = 0": bounded(lambda x, t, context: jnp.zeros_like(x), eight),
+    "wrong prompts": bounded_unet(jnp.roll(eight, 1, axis=0)),
+    "right prompts": bounded_unet(eight),
 }
 for name, terms in found.items():
     parts = [float(terms[part].mean()) for part in ("prior", "reconstruction", "total")]
@@ -510,9 +514,8 @@ assert (total["right prompts"] < total["v = 0"]).all()
 assert total["right prompts"].mean() < total["wrong prompts"].mean()
 step_by_step = {name: np.asarray(terms["diffusion"]).mean(0) for name, terms in found.items()}
 lines = {name: (chosen[1:], values) for name, values in step_by_step.items()}
-show(
-    "03_bound", curves(lines, title="nats of one step: KL(q(x_s | x_t, x_0) || p(x_s | x_t))", x_label="t", log_y=True)
-)
+title = "nats of one step: KL(q(x_s | x_t, x_0) || p(x_s | x_t))"
+show("03_bound", curves(lines, title=title, x_label="t", log_y=True))
 
 # %% [markdown]
 # Read the curves from the right, as the sampler goes. At large $t$ the prompt is nearly everything: a network with the
@@ -531,9 +534,11 @@ assert late > 3 > early
 # ## 4. Classifier-free guidance
 #
 # The UNet takes the prompt $c$ and believes in pictures from $p(x \mid c)$. People want more: pictures that show the
-# prompt *clearly*. By Bayes' rule, how clearly $x$ shows $c$ is $p(c \mid x) \propto p(x \mid c) / p(x)$. So ask the
-# network twice, with the prompt and with an empty one, and go further in the direction from the second answer to the
-# first (Ho & Salimans, eq. 6):
+# prompt *clearly*. By Bayes' rule, how clearly $x$ shows $c$ is $p(c \mid x) \propto p(x \mid c) / p(x)$ (the sign
+# means: equal up to a factor that does not depend on $x$). Now the network's answer says, up to a known factor, in
+# which direction $\log p$ grows. The log of a quotient is a difference; so the direction in which the prompt is shown
+# more clearly is the *difference* of two answers, one with the prompt and one with an empty prompt. Go further in that
+# direction (Ho & Salimans, eq. 6):
 #
 # $$\hat v = v(\text{empty}) + w\,\big(v(c) - v(\text{empty})\big)$$
 #
@@ -552,14 +557,11 @@ show("04_guidance", sheet(enlarged(guided_pictures), 8, [f"{r.prompt}, w = {r.gu
 # has seen.
 
 # %%
-apart = [
-    np.abs(np.asarray(a, float) - np.asarray(b)).mean()
-    for a, b in zip(guided_pictures[:8], guided_pictures[8:], strict=True)
-]
+apart = [distance(a, b) for a, b in zip(guided_pictures[:8], guided_pictures[8:], strict=True)]
 contrast = [float(np.asarray(picture, float).std()) for picture in guided_pictures[:8]]
-print("difference between the prompts:", *(f"w = {w}: {d:.1f}" for w, d in zip(WEIGHTS, apart, strict=True)))
+print("difference between the prompts:", *(f"w = {w}: {d:.2f}" for w, d in zip(WEIGHTS, apart, strict=True)))
 print("contrast of the owl:", *(f"w = {w}: {c:.0f}" for w, c in zip(WEIGHTS, contrast, strict=True)))
-assert apart[0] < 1 < apart[4]
+assert apart[0] < 0.01 < apart[4]
 assert contrast[1] < contrast[4] < contrast[7]
 
 # %% [markdown]
@@ -577,7 +579,7 @@ PROMPT_OF = jnp.eye(4)[:, None]  # three heaps, and the empty prompt as the four
 
 
 def small_network(weights, x, t, context):
-    """A point, t as waves, and a prompt -> v, through three layers."""
+    """A point, t as waves, and a prompt -> v, through four layers."""
     angles = t[:, None] * WAVES
     h = jnp.concatenate([x[:, 0, 0], jnp.sin(angles), jnp.cos(angles), context[:, 0]], axis=-1)
     for kernel, shift in weights[:-1]:
@@ -601,8 +603,7 @@ def trained(dropped):
         context = drop_prompts(PROMPT_OF[heap], PROMPT_OF[3], drop, dropped)
 
         def loss(weights):
-            predict = lambda x, t, context: small_network(weights, x, t, context)  # noqa: E731
-            return diffusion_loss(predict, schedule, x, context, rest, prediction="v")[0]
+            return diffusion_loss(partial(small_network, weights), schedule, x, context, rest, prediction="v")[0]
 
         change, state = optimizer.update(jax.grad(loss)(weights), state)
         return (optax.apply_updates(weights, change), state), None
@@ -615,9 +616,8 @@ def guided_points(weights, w):
     """600 points, 200 for each prompt, by 50 steps of DDIM with guidance w."""
     given = PROMPT_OF[jnp.arange(600) % 3]
     empty = jnp.broadcast_to(PROMPT_OF[3], given.shape)
-    rows = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, jnp.float32), SAMPLERS["ddim"].rows(schedule, schedule.levels(50))
-    )
+    rows = SAMPLERS["ddim"].rows(schedule, schedule.levels(50))
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), rows)
     every = Guidance(scale=jnp.full(50, w), rescale=jnp.zeros(50), used=jnp.ones(50, bool))
     rows = rows._replace(levels=rows.levels._replace(guidance=every))
 
@@ -629,10 +629,8 @@ def guided_points(weights, w):
 
     denoise = to_denoiser(guided(pair, one), "v")
     x = normal(10, 600, 1, 1, 2) * math.sqrt(schedule.sigmas[-1] ** 2 + 1)
-    last, _ = jax.lax.scan(
-        lambda carry, row: (step(denoise, carry, row, jnp.zeros_like(x)), None), first_carry(x), rows
-    )
-    return last.x[:, 0, 0]
+    still = jnp.zeros_like(x)  # DDIM adds no noise on the way
+    return jax.lax.scan(lambda carry, row: (step(denoise, carry, row, still), None), first_carry(x), rows)[0].x[:, 0, 0]
 
 
 panels, hits = [], {}
@@ -661,17 +659,18 @@ requests = [Request("owl", "", steps=STEPS, guidance=w, seed=3) for w in (1, 2, 
 requests += [Request("owl", nonsense, steps=STEPS, guidance=w, seed=3) for w in (1, 2, 4, 6)]
 right_and_wrong = draw(requests)
 names = [f"{kind}, w = {w}" for kind in ("empty", "nonsense") for w in (1, 2, 4, 6)]
-show("04_wrong_unconditional", sheet(enlarged(right_and_wrong), 8, names))
 assert right_and_wrong[0].tobytes() == right_and_wrong[4].tobytes()  # at w = 1 the second answer has no weight
+show("04_wrong_unconditional", sheet(enlarged(right_and_wrong), 8, names))
 
 # %% [markdown]
 # ## 5. CLIP: one space for pictures and words
 #
 # How did the text encoder learn what words look like? It was trained together with an image encoder, on pictures with
-# captions. Each of the two ends in a vector of 192 numbers. Scaled to length 1, the product of a text vector $u_i$ and
-# a picture vector $w_j$ is the cosine of the angle between them: 1 if they point the same way. The training makes the
+# captions. Each of the two ends in a vector of 192 numbers. Scaled to length 1, the product of a text vector $a_i$ and
+# a picture vector $b_j$ is the cosine of the angle between them: 1 if they point the same way. The training makes the
 # matrix of all products large on its diagonal, where caption and picture belong together, and small elsewhere. With
-# logits $\ell_{ij} = s\,u_i \cdot w_j$ and a learnt factor $s$, the loss is (Radford et al., figure 3)
+# logits $\ell_{ij} = \lambda\,a_i \cdot b_j$ and a learnt factor $\lambda$, the loss for $n$ pairs is (Radford et al.,
+# figure 3)
 #
 # $$-\frac{1}{2n} \sum_i \left(
 # \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ij}}} + \log \frac{e^{\ell_{ii}}}{\sum_j e^{\ell_{ji}}} \right)$$
@@ -698,16 +697,13 @@ ids = pipe.tokenizer(PROMPTS, config.clip.length, config.clip.pad_token)
 of_pictures, of_texts = embedded(pixels, ids)
 cosines = np.asarray(unit(of_texts) @ unit(of_pictures).T)
 loss, metrics = contrastive_loss(of_pictures, of_texts, params["text"]["logit_scale"])
-print(
-    f"loss {loss:.3f} nats, by chance {math.log(len(PROMPTS)):.3f}; right caption found for {metrics['accuracy']:.0%}"
-)
+chance = math.log(len(PROMPTS))
+print(f"loss {loss:.3f} nats, by chance {chance:.3f}; right caption found for {metrics['accuracy']:.0%}")
 assert (cosines.argmax(axis=1) == np.arange(16)).mean() > 0.9  # the diagonal is the largest of its row ...
 assert (cosines.argmax(axis=0) == np.arange(16)).mean() > 0.9  # ... and of its column
 assert loss < 0.5
-show(
-    "05_clip",
-    matrix(cosines, title="cosine of every caption with every picture", rows=PROMPTS, columns=pictures, cell=38),
-)
+title = "cosine of every caption with every picture"
+show("05_clip", matrix(cosines, title=title, rows=PROMPTS, columns=pictures, cell=38))
 
 # %% [markdown]
 # ## 6. Latents, and walks among them
@@ -718,7 +714,7 @@ show(
 #
 # *Is anything lost?* A little: we compare each picture with what comes back. PSNR is the squared error on a logarithmic
 # scale, in decibels: 20 dB is a typical error of one tenth of the range, 30 dB of one thirtieth. (Our pictures came out
-# of this decoder before, which makes them easy. The real emoji lose more.)
+# of this decoder before, which makes them easy. It has less practice with other pictures.)
 
 # %%
 back = decode(latents[:8])
@@ -749,9 +745,9 @@ channels = [grey(latents[1, :, :, c], -2.5, 2.5) for c in range(16)]
 show("06_channels", sheet(enlarged(channels), 8, [f"number {c}" for c in range(16)]))
 
 # %% [markdown]
-# *What lies between two latents?* We walk in a straight line from one to another and decode on the way. Halfway between
-# two latents is something like two pictures laid over each other. The autoencoder knows how to keep details small, not
-# what pictures mean.
+# *What lies between two latents?* We walk in a straight line from one to another and decode on the way. Halfway there
+# is something like two pictures laid over each other. The autoencoder knows how to keep details small, not what
+# pictures mean.
 #
 # The UNet knows. So let us walk between two *noises* and draw a picture from each, first with an empty prompt and
 # without guidance, where the noise alone decides. A straight line is not good here: halfway between two independent
@@ -782,7 +778,6 @@ for noise in (lines, arcs):
     walks += draw([Request("", guidance=1, steps=STEPS, noise=one) for one in noise])
 walks += draw([Request("fruit", guidance=2, steps=STEPS, noise=one) for one in arcs])
 kinds = ("latents", "noises, line", "noises, slerp", "fruit, slerp")
-show("06_walks", sheet(enlarged(walks), 8, [f"{kind} {f:.2f}" for kind in kinds for f in FRACTIONS]))
 
 
 def detail(picture):
@@ -793,6 +788,7 @@ def detail(picture):
 in_line, in_arc = (np.mean([detail(walks[8 * row + i]) for i in (2, 3, 4, 5)]) for row in (1, 2))
 print(f"differences of neighbouring pixels in the middle: line {in_line:.2f}, slerp {in_arc:.2f}")
 assert in_line < in_arc
+show("06_walks", sheet(enlarged(walks), 8, [f"{kind} {f:.2f}" for kind in kinds for f in FRACTIONS]))
 
 # %% [markdown]
 # ## 7. Looking inside: group and layer normalisation
@@ -804,7 +800,7 @@ assert in_line < in_arc
 # $$y = \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 #
 # The kinds differ only in what $\mu$ and $\sigma$ are averaged *over*. Take an array of pictures x positions x
-# channels.
+# channels. (This $\beta$ and $\sigma$ have nothing to do with those of the noise.)
 #
 # - **Group normalisation** (the residual blocks of UNet and autoencoder): the channels are divided into groups. One
 #   mean for each picture and group, over all positions and the group's channels.
@@ -852,16 +848,17 @@ show("07_norms", sheet(drawn, 2, names))
 # %%
 
 
-def probabilities(layer, x, kv):
-    """The attention weights of a layer: f[b, heads, queries, keys]. Section 8 explains the line."""
-    q, k = layer.split(layer.q(x)), kv[0]
-    return jax.nn.softmax(jnp.einsum("blnd,bmnd->bnlm", q, k) * q.shape[-1] ** -0.5, axis=-1)
+def looked_at(layer, x, kv):
+    """The attention weights of a layer, f[b, heads, queries, keys], and what it makes of them. Section 8 explains."""
+    q, k, v = layer.split(layer.q(x)), *kv
+    weights = jax.nn.softmax(jnp.einsum("blnd,bmnd->bnlm", q, k) / math.sqrt(q.shape[-1]), axis=-1)
+    return weights, layer.out(jnp.einsum("bnlm,bmnd->blnd", weights, v).reshape(x.shape))
 
 
 @jax.jit
 def looked_inside(x, t, context):
-    """The UNet's norms as {path: (in, out)}, and its attention as {path: weights}."""
-    norms, attention = {}, {}
+    """The UNet's norms as {path: (in, out)}, its attention as {path: weights}, and how far we are from its own result."""
+    norms, attention, off = {}, {}, []
 
     def look(call, arguments, options, where):
         layer, path = where.module, "/".join(where.module.path)
@@ -869,26 +866,26 @@ def looked_inside(x, t, context):
         if where.method_name == "__call__" and isinstance(layer, GroupNorm):
             norms[path] = (arguments[0], result)
         if where.method_name == "__call__" and isinstance(layer, Attention):
-            attention[path] = probabilities(layer, *arguments)
+            attention[path], ours = looked_at(layer, *arguments)
+            off.append(jnp.abs(ours - result).max())
         return result
 
     with nn.intercept_methods(look):
         UNet(config.unet).apply({"params": params["unet"]}, x, t, context)
-    return norms, attention
+    return norms, attention, jnp.stack(off)
 
 
 LEVELS = jnp.array([100, 250, 400, 550, 700, 850, 250, 400])  # the woman at six noise levels, and two other pictures
 which = jnp.array([8, 8, 8, 8, 8, 8, 9, 10])
 x = q_sample(schedule, latents[which], LEVELS, normal(15, 8, *SHAPE))
-norms, attention = looked_inside(x, LEVELS, context_of([PROMPTS[i] for i in which]))
+norms, attention, off = looked_inside(x, LEVELS, context_of([PROMPTS[i] for i in which]))
 
 path = "mid/res_0/norm1"
 before, after = (np.asarray(value) for value in norms[path])
 learnt = params["unet"]["mid"]["res_0"]["norm1"]
 groups = before.reshape(8, -1, config.unet.groups, before.shape[-1] // config.unet.groups)
-by_hand = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(
-    groups.var((1, 3), keepdims=True) + config.unet.epsilon
-)
+mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+by_hand = (groups - mean) / np.sqrt(variance + config.unet.epsilon)
 assert np.allclose(by_hand.reshape(before.shape) * learnt["scale"] + learnt["bias"], after, atol=1e-3)  # gamma, beta
 spreads = groups.std((1, 3))
 print(f"{path}: before, the groups' spreads go from {spreads.min():.2f} to {spreads.max():.2f}; after, all are 1")
@@ -902,9 +899,10 @@ print(f"{path}: before, the groups' spreads go from {spreads.min():.2f} to {spre
 #
 # $$\mathrm{attention}(q, k, v) = \mathrm{softmax}\!\left(\frac{q\,k^\top}{\sqrt d}\right) v$$
 #
-# Here $d$ is the length of the vectors, and softmax, $e^{a_i} / \sum_j e^{a_j}$, makes a list of numbers into
-# probabilities that add up to 1. In **cross-attention** the queries are places in the picture and the keys are words:
-# this is how the prompt gets into the picture. In **self-attention** both are places in the picture.
+# Here $d$ is the length of the vectors (this $q$ and $v$ are not those of the sections before), and softmax,
+# $e^{a_i} / \sum_j e^{a_j}$, makes a list of numbers into probabilities that add up to 1. In **cross-attention** the
+# queries are places in the picture and the keys are words: this is how the prompt gets into the picture. In
+# **self-attention** both are places in the picture.
 #
 # We caught these probabilities in the last section. For a word, its column is a map over the 8 x 8 places; we average
 # it over the layers of that size, their heads (parallel copies), and the noise levels. Each map is scaled on its own,
@@ -912,6 +910,7 @@ print(f"{path}: before, the groups' spreads go from {spreads.min():.2f} to {spre
 
 # %%
 assert all(np.allclose(weights.sum(-1), 1, atol=1e-5) for weights in attention.values())  # probabilities
+assert off.max() < 1e-3  # weights times values are what the network itself goes on with
 
 
 def averaged(kind, rows):
@@ -934,7 +933,6 @@ for number, rows, words in (
     weights = averaged("cross_attention", rows)
     maps += [*enlarged(pictures[number : number + 1]), *(mapped(weights[:, i]) for i in range(6))]
     names += [PROMPTS[number], *(f"{word}  {weights[:, i].mean():.3f}" for i, word in enumerate(words))]
-show("08_cross_attention", sheet(maps, 7, names))
 
 weights = averaged("cross_attention", slice(0, 6))
 small = np.asarray(pictures[8].resize((8, 8), Image.Resampling.BOX), float).reshape(64, 3)
@@ -943,6 +941,8 @@ hair = weights[:, 4]
 ratio = hair[red].mean() / hair[~red].mean()
 print(f'"hair" is looked at {ratio:.1f} times as much from where the picture is red as from elsewhere')
 assert ratio > 1.3
+assert weights[:, 0].mean() > 0.5  # the start token
+show("08_cross_attention", sheet(maps, 7, names))
 
 # %% [markdown]
 # "hair" lights up along the hair, "woman" along her outline and shoulders. Do not read too much into such maps. "red"
@@ -1005,33 +1005,29 @@ assert difference <= 2
 
 # %% [markdown]
 # How few are enough? The same noise and prompt with fewer and fewer steps. The distance is to the picture of 32 steps
-# (root of the mean square, in units of the whole range).
+#
 
 # %%
-
-
-def distance(a, b):
-    return float(np.sqrt(np.square((np.asarray(a, float) - np.asarray(b, float)) / 255).mean()))
 
 
 COUNTS = [1, 2, 3, 5, 8, 12, 20, 32]
 fewer = draw([Request("rocket", steps=n, sampler="ddim", spacing="trailing", seed=5) for n in COUNTS])
 apart = [distance(picture, fewer[-1]) for picture in fewer]
-show(
-    "09_skipping", sheet(enlarged(fewer), 8, [f"steps {n}, off by {d:.3f}" for n, d in zip(COUNTS, apart, strict=True)])
-)
+names = [f"steps {n}, off by {d:.3f}" for n, d in zip(COUNTS, apart, strict=True)]
 assert apart[0] > apart[3] > apart[5] > apart[7] == 0
+show("09_skipping", sheet(enlarged(fewer), 8, names))
 
 # %% [markdown]
 # The path from noise to picture is smooth, so large steps miss it by little. Better samplers follow it more closely
 # with the same number of calls: a step of "dpmpp_2m" uses the guess before as well, to see how the path bends. Our ten
 # steps are of that kind.
-#
+
+# %% [markdown]
 # ## 10. Image to image: strength is freedom
 #
 # Sampling need not start from pure noise. Encode a picture, leap forward to some $t$ with `q_sample`, and go back from
 # there with another prompt. What the noise has covered is free to become something else; what still shows through
-# stays. The setting `strength` is the part of the steps that are run:
+# stays. The setting `strength` is the part of the $n$ steps that is run:
 #
 # $$\text{start at } x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1 - \bar\alpha_t}\,\varepsilon
 # \quad\text{with } t \text{ of step number}\quad n - \lfloor n \cdot \text{strength} \rfloor$$
@@ -1044,8 +1040,8 @@ assert [start_step(10, strength) for strength in STRENGTHS] == [10, 8, 6, 5, 4, 
 freed = draw([Request("sunflower", image=pictures[1], strength=s, steps=STEPS, seed=1) for s in STRENGTHS])
 apart = [distance(picture, pictures[1]) for picture in freed]
 names = [f"strength {s:g}, {d:.2f}" for s, d in zip(STRENGTHS, apart, strict=True)]
-show("10_strength", sheet(enlarged(freed), 8, names))
 assert apart[0] < apart[2] < apart[4] < apart[7]  # more freedom, further away
+show("10_strength", sheet(enlarged(freed), 8, names))
 
 # %% [markdown]
 # ## 11. Inpainting: keeping the known
@@ -1072,8 +1068,8 @@ for picture, (_, of) in zip(filled, TASKS, strict=True):
     assert distance(picture, pictures[of]) > 0.01 or of == 2
 rows = [pictures[2], mask.convert("RGB"), *filled[:4], pictures[1], mask.convert("RGB"), *filled[4:]]
 names = ["given", "mask", *(prompt for prompt, _ in TASKS[:4]), "given", "mask", *(prompt for prompt, _ in TASKS[4:])]
-show("11_inpainting", sheet(enlarged(rows), 6, names))
 print("the known half is kept to the byte in all", len(filled))
+show("11_inpainting", sheet(enlarged(rows), 6, names))
 
 # %% [markdown]
 # ## Where to go from here
