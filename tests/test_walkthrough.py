@@ -14,7 +14,7 @@ from examples import make_notebook
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT, NOTEBOOK = EXAMPLES / "walkthrough.py", EXAMPLES / "walkthrough.ipynb"
 SECTIONS = 12
-PICTURES = 20
+PICTURES = 21
 
 
 def code_cells(notebook):
