@@ -69,8 +69,7 @@ from sdjax.types import Guidance
 def show(name, picture):
     """Hands back a picture, which a notebook then shows; keeps it as a file if there is a folder."""
     if folder is not None:
-        few = picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)  # colours: a third of the bytes
-        few.save(folder / f"{name}.png", optimize=True)
+        picture.save(folder / f"{name}.png", optimize=True)
     return picture
 
 
@@ -84,8 +83,8 @@ def normal(seed, *shape):
 #
 # Three networks work together:
 #
-# - The **text encoder** turns a prompt into numbers. The prompt is cut into at most 32 pieces, called tokens; each
-#   becomes a row of 192 numbers.
+# - The **text encoder** turns a prompt into numbers. The prompt is cut into tokens (words, or pieces of words) and
+#   filled up to 32 of them with padding; each becomes a row of 192 numbers.
 # - The **UNet** removes noise. This is where pictures come from; sections 2 to 4 and 8 to 11 are about it.
 # - The **autoencoder** translates between pictures and *latents*. A latent is a smaller array that stands for the
 #   picture: here 8 x 8 positions with 16 numbers each, 1,024 in place of 12,288. The UNet sees only latents. Section 6

@@ -70,7 +70,7 @@ def test_nothing_to_draw_is_an_error_that_names_the_plot():
 
 
 def test_a_legend_is_where_no_line_is():
-    line = curves({"falls": ([0, 0.1, 1], [1, 0.1, 0])}, title="t", x_label="x")  # through three corners
+    line = curves({"falls": ([0, 0.01, 1], [1, 0, 0])}, title="t", x_label="x")  # through three corners
     legend = (np.asarray(line).astype(int)[26:46, 560:620].sum(-1) < 700).sum()
     assert legend > 20
 
