@@ -535,10 +535,10 @@ assert late > 3 > early
 #
 # The UNet takes the prompt $c$ and believes in pictures from $p(x \mid c)$. People want more: pictures that show the
 # prompt *clearly*. By Bayes' rule, how clearly $x$ shows $c$ is $p(c \mid x) \propto p(x \mid c) / p(x)$ (the sign
-# means: equal up to a factor that does not depend on $x$). Now the network's answer says, up to a known factor, in
-# which direction $\log p$ grows. The log of a quotient is a difference; so the direction in which the prompt is shown
-# more clearly is the *difference* of two answers, one with the prompt and one with an empty prompt. Go further in that
-# direction (Ho & Salimans, eq. 6):
+# means: equal up to a factor that does not depend on $x$). From the network's answer one can read, by a known formula,
+# in which direction $\log p$ grows. The log of a quotient is a difference; so the direction in which the prompt is
+# shown more clearly is the *difference* of two answers, one with the prompt and one with an empty prompt. Go further in
+# that direction (Ho & Salimans, eq. 6):
 #
 # $$\hat v = v(\text{empty}) + w\,\big(v(c) - v(\text{empty})\big)$$
 #
@@ -652,7 +652,8 @@ show("04_dropped", sheet(panels, 2))
 # and guidance multiplies the difference to it.
 #
 # The model in the box was taught the empty prompt. We can break it in the same way, and give it for the second answer
-# something that it was never taught: random numbers in place of the encoded empty prompt.
+# something that it was never taught: random numbers in place of the encoded empty prompt. It bears that better than the
+# tiny network: the owl stays an owl. But it darkens, and breaks at a $w$ that does no harm with the empty prompt.
 
 # %%
 nonsense = np.asarray(normal(11, config.clip.length, config.clip.width)) * float(eight.std())
