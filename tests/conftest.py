@@ -20,6 +20,7 @@ LONGEST = (
     "train_loop",
     "train_step",
     "load",
+    "walkthrough",
     "batch",
     "examples",
     "sharding",

@@ -25,7 +25,9 @@ ELSEWHERE = {"devices", "draw_programs"} | {
     "make_emoji",
     "train_box",
     "box_sheets",
-}  # below, test_make_emoji.py, test_train_box.py
+    "walkthrough",
+    "make_notebook",
+}  # below, test_make_emoji.py, test_train_box.py, test_walkthrough.py
 
 
 def test_every_example_is_tested():

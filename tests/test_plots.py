@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.train.plots import COLOURS, TEXT_HEIGHT, curves, sheet
+from sdjax.train.plots import COLOURS, TEXT_HEIGHT, curves, matrix, scatter, sheet
 
 RED, BLUE = (214, 39, 40), (31, 119, 180)
 
@@ -67,3 +67,27 @@ def test_single_point_and_many_series_are_drawn():
 def test_nothing_to_draw_is_an_error_that_names_the_plot():
     with pytest.raises(ValueError, match="loss: no finite values"):
         curves({"a": ([1, 2], [float("nan"), -1]), "b": ([], [])}, title="loss", x_label="x", log_y=True)
+
+
+def test_a_legend_is_where_no_line_is():
+    line = curves({"falls": ([0, 0.01, 1], [1, 0, 0])}, title="t", x_label="x")  # through three corners
+    legend = (np.asarray(line).astype(int)[26:46, 560:620].sum(-1) < 700).sum()
+    assert legend > 20
+
+
+def test_points_are_where_their_numbers_are_and_those_outside_are_left_out():
+    image = scatter({"a": np.array([[0.9, 0.9], [3.0, 0.0]])}, title="t", limit=1, size=(216, 236))
+    rows, columns = np.nonzero((np.asarray(image) == BLUE).all(-1)[25:-40, 9:-9])
+    assert rows.max() < 20  # 95 % of the height
+    assert columns.min() > 180
+
+
+def test_a_matrix_is_darkest_where_its_number_is_largest():
+    values = np.array([[0.0, 1.0, 0.2], [0.1, 0.3, 0.5]])
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    image = matrix(values, title="t", rows=["first", "second"], columns=pictures, cell=40)
+    pixels = np.asarray(image).astype(int)
+    left, top = image.width - 8 - 3 * 40, image.height - 8 - 2 * 40
+    corners = np.array([[pixels[top + 40 * i + 3, left + 40 * j + 3].sum() for j in range(3)] for i in range(2)])
+    assert (np.argsort(-corners, axis=None) == np.argsort(values, axis=None)).all()
+    assert [tuple(pixels[top - 20, left + 40 * j + 20]) for j in range(3)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
