@@ -50,7 +50,8 @@ from PIL import Image, ImageColor
 import sdjax
 from sdjax.config import BOX_VISION
 from sdjax.diffusion.denoiser import guided, to_denoiser
-from sdjax.diffusion.samplers import SAMPLERS, first_carry, step
+from sdjax.diffusion.rows import first_carry, step
+from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, per_image, q_sample, q_step, start_step
 from sdjax.image import to_array, to_images, to_uint8
 from sdjax.load import BOX_FOLDER

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from sdjax import Request, cli
 from sdjax.config import SamplingConfig
 from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.schedule import SPACINGS
+from sdjax.diffusion.spacings import SPACINGS
 from sdjax.pipeline.foreign import (
     Foreign,
     is_adapter,
