@@ -776,6 +776,22 @@ def test_their_picture_is_a_recipe_and_options_come_first(theirs, capsys):
     assert any("the model heartMix (hash 0123456789); the model in the box is another" in line for line in said)
 
 
+def test_adapters_that_are_not_there_are_left_out_with_a_line_each(tmp_path, monkeypatch, capsys):
+    from sdjax.pipeline.recipe import read_recipe
+
+    monkeypatch.chdir(tmp_path)
+    prompt = "red heart <lora:ink:0.7><lora:odd:1,0,1><hypernet:x:1>"
+    Path("x.txt").write_text(f"{prompt}\nSteps: 2, Sampler: Euler, CFG scale: 1, Seed: 5, Size: 64x64, Model: m")
+    assert cli.main(["txt2img", "--recipe", "x.txt", "--model", "", "-o", "x.png"]) == 0
+    said = capsys.readouterr().err
+    assert "<lora:ink:0.7>: left out; the adapter 'ink' is not there; give their folder by --lora-dir DIR" in said
+    assert "<lora:odd:1,0,1>: left out; '1,0,1' is no weight; expected a number" in said
+    assert read_recipe("x.png").prompt == "red heart <hypernet:x:1>"
+    own = ["txt2img", "red heart <lora:ink:0.7>", "--recipe", "x.txt", "--model", "", "-o", "y.png"]
+    assert cli.main(own) != 0, "what one asks for oneself is an error"
+    assert "error: the adapter 'ink' is not there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

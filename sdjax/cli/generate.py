@@ -32,9 +32,14 @@ from sdjax.request import (
     settings,
 )
 from sdjax.storage.files import refuse_long_names, refuse_unwritable
+from sdjax.text.syntax import lora_of
 
 if TYPE_CHECKING:
+    from sdjax.pipeline.adapters import Library
     from sdjax.pipeline.foreign import Foreign
+
+FOREIGN_PROMPTS = ("prompt", "hires_prompt")
+"""Texts of another tool's recipe that may name adapters."""
 
 NAME_BYTES = 120
 """Most bytes of a file's name that come from the prompt."""
@@ -64,6 +69,13 @@ def generate(options: argparse.Namespace) -> int:
     for name in RANDOM:
         if values[name] == -1:
             values[name] = random_seed(count)
+    library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
+    if asked.foreign is not None:
+        for name in FOREIGN_PROMPTS:
+            if values[name] == asked.foreign.settings.get(name):
+                values[name] = _without_missing(values[name], library)
+        if values["loras"] == asked.foreign.settings.get("loras"):
+            values["loras"] = tuple(text for text in values["loras"] if _is_there(text, library))
     check_values(values, options.request)
     check_seeds(values, count)
     first = options.request(**values)
@@ -72,7 +84,6 @@ def generate(options: argparse.Namespace) -> int:
     output.check()
     model, dtype = asked.model, asked.dtype
     _tell_other_model(asked.foreign, model)
-    library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
     if asked.foreign is not None:
         _tell_other_adapters(asked.foreign, {tag.name: library.find(tag.name) for tag in tags_of(first)})
 
@@ -260,6 +271,34 @@ def _tell_other_model(foreign: Foreign | None, model: str) -> None:
         note(f"the recipe was made with {told(foreign)}; whether {model} is the same cannot be said")
     elif not same:
         note(f"the recipe was made with {told(foreign)}; {model or 'the model in the box'} is another model")
+
+
+def _without_missing(prompt: str, library: Library) -> str:
+    """Another tool's prompt without the adapters that are not there or whose tags cannot be read; a note for each."""
+    from sdjax.text.syntax import LORA_KINDS, lora_tag, networks
+
+    def kept(match: re.Match[str]) -> str:
+        try:
+            (network,) = networks(match[0])[1]
+            if network.kind in LORA_KINDS:
+                library.find(lora_tag(network).name)
+            return match[0]
+        except (ValueError, OSError) as error:
+            said = str(error).removeprefix(f"{match[0]}: ")
+            note(f"{match[0]:.100}: left out; {said}")
+            return ""
+
+    return re.sub(r"<(\w+):([^>]+)>", kept, prompt)
+
+
+def _is_there(lora: str, library: Library) -> bool:
+    """Whether an adapter of another tool's recipe is there; a note if not."""
+    try:
+        library.find(lora_of(lora).name)
+        return True
+    except (ValueError, OSError) as error:
+        note(f"{lora:.100}: left out; {error}")
+        return False
 
 
 def _tell_other_adapters(foreign: Foreign, files: dict[str, Path]) -> None:

@@ -104,7 +104,8 @@ class Findings:
                 try:
                     check_values(chosen | {name: self.settings[name]})
                 except ValueError as error:
-                    why = re.sub(r" \(it belongs to [^)]*\)", "", str(error).partition(", found")[0])
+                    other = re.match(r"(\w+) must be left out for (\w+)", str(error))
+                    why = str(error) if other is None else f"{other[2]} has no {other[1]}"
                     self.leave(f"{name} {self.settings.pop(name):g}", f"left out; {why}")
         return tuple(self.lines)
 
