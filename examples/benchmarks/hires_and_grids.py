@@ -6,7 +6,7 @@ Measures:
     recompiles   compilations while 60 random recipes are made that differ in sampler, spacing, eta, churn, source of
                  the noise, variations, prompt travel, masks (blend and differential), outpainting, hires-fix (upscaler,
                  steps, strength, sampler, prompt), tiling and everything else, after the first of each kind of shape:
-                 plain or tiled, noise drawn in the program or before it
+                 plain or tiled, noise drawn in the program or before it, from a picture, and noise of another size
     hires        a picture of two passes beside the sum of its two passes made by themselves (bar: 1.05 at the most)
     grid         64 pictures by `sdjax grid` beside making them one by one, files included (bar: 1.5 times as fast)
 
@@ -119,6 +119,14 @@ def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
                     "red heart", steps=steps, hires_scale=2, hires_upscaler=upscaler, tiling=kind["tiling"], **noise
                 )
             )
+    side = pipe.config.image_size
+    photo = Image.new("RGB", (side, side), "red")
+    for tiling in (False, True):
+        warm += [Request("red heart", image=photo, strength=0.5 + 0.1 * i, steps=4, tiling=tiling) for i in range(2)]
+    warm.append(
+        Request("red heart", steps=2, variation_seed=1, variation_strength=0.5, seed_size=f"{side}x{side // 2}")
+    )
+    warm.append(Request("red heart", steps=2, variation_seed=1, variation_strength=0.5))
     with compilations() as first:
         took_first = seconds(lambda: made(warm))
     with compilations() as later:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from sdjax.diffusion.philox import TorchCuda
@@ -31,6 +32,9 @@ class Generator(Protocol):
         """The next unit normal numbers, f32[shape]; shape is (c, h, w)."""
 
 
+_initial_noise = jax.jit(initial_noise, static_argnums=1)
+
+
 class JaxNoise:
     """The source of pictures in this library, of which only the first draw is made on the host."""
 
@@ -40,7 +44,7 @@ class JaxNoise:
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
         """The noise f32[c, h, w] that the seed's picture starts from (`initial_noise`)."""
         channels, height, width = shape
-        return np.asarray(initial_noise(image_keys([self.seed]), (height, width, channels)))[0].transpose(2, 0, 1)
+        return np.asarray(_initial_noise(image_keys([self.seed]), (height, width, channels)))[0].transpose(2, 0, 1)
 
 
 SOURCES: dict[str, Callable[[int], Generator]] = {"jax": JaxNoise, "torch": TorchCpu, "torch-cuda": TorchCuda}
