@@ -126,14 +126,15 @@ def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
     warm.append(
         Request("red heart", steps=2, variation_seed=1, variation_strength=0.5, seed_size=f"{side}x{side // 2}")
     )
-    warm.append(Request("red heart", steps=2, variation_seed=1, variation_strength=0.5))
+    for more in ({}, {"hires_scale": 2}):
+        warm.append(Request("red heart", steps=2, variation_seed=1, variation_strength=0.5, **more))
     with compilations() as first:
         took_first = seconds(lambda: made(warm))
     with compilations() as later:
         took = seconds(lambda: made([random_recipe(draw, pipe, **draw.choice(kinds)) for _ in range(60)]))
     print(
         f"recompiles: {len(first)} programs in the first of each kind ({took_first:.1f} s); then {len(later)} in 60 "
-        f"random recipes ({took:.1f} s)",
+        f"random recipes ({took:.1f} s){': ' if later else ''}{', '.join(later)}",
         flush=True,
     )
 

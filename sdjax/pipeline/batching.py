@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import ModelConfig
@@ -127,9 +126,8 @@ def state_of(batch: Arguments, carry: Carry, given: tuple[Conditioning, Any]) ->
 
 
 def _joined(arrays: list[Any]) -> Any:
-    """Along the first axis; numpy arrays on the host, which takes no program."""
-    numpy = all(isinstance(array, np.ndarray) for array in arrays)
-    return np.concatenate(arrays) if numpy else jnp.concatenate(arrays)
+    """Along the first axis, on the host, which takes no program."""
+    return np.concatenate([np.asarray(array) for array in arrays])
 
 
 class Waiting:
