@@ -43,9 +43,6 @@ STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 HIRES_STRENGTH = 0.7
 """How much the second pass of hires-fix changes when nothing is said."""
 
-SIZE = r"(\d{1,5})x(\d{1,5})"
-"""A text that is a size in pixels."""
-
 CFG_PP_GUIDANCE = 0.6
 """Of samplers with CFG++ when nothing is said: theirs is of another scale, about a twelfth of the usual one."""
 
@@ -54,6 +51,9 @@ SEEDS = 2**32
 
 TASKS = ("txt2img", "img2img", "inpaint")
 WITH_PICTURE = ("img2img", "inpaint")
+DEPENDENT = ("eta", "rho", *CHURN, "s_noise")
+"""Settings that only some samplers or spacings have."""
+
 RANDOM = ("seed", "variation_seed")
 """Settings of which -1 stands for a random one."""
 
@@ -140,6 +140,22 @@ class Setting(NamedTuple):
     in_plan: bool = False
     nearest: Callable[[str], str] | None = None
 
+
+A_SAMPLER: dict[str, Any] = dict(
+    kind="text",
+    expected=f"one of {', '.join(SAMPLERS)}",
+    accepts=lambda value: isinstance(value, str) and value in SAMPLERS,
+    shown=lambda value: SAMPLER_NAMES.get(value, value),
+    nearest=nearest_sampler,
+)
+A_SPACING: dict[str, Any] = dict(
+    kind="text",
+    expected=f"one of {', '.join(SPACINGS)}",
+    accepts=lambda value: isinstance(value, str) and value in SPACINGS,
+    shown=lambda value: SPACING_NAMES.get(value, value),
+    nearest=nearest_spacing,
+)
+"""What is known of settings that name a sampler, or a spacing."""
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -341,32 +357,24 @@ class Request:
     )
     sampler: str | None = setting(
         None,
-        kind="text",
-        expected=f"one of {', '.join(SAMPLERS)}",
-        accepts=lambda value: isinstance(value, str) and value in SAMPLERS,
+        **A_SAMPLER,
         help=", ".join(SAMPLERS),
         usual="dpmpp_2m, or as the model says",
         metavar="S",
         aliases=("sampler_name",),
         similar=("sampling_method", "scheduler", "sampler_index"),
         label="Sampler",
-        shown=lambda value: SAMPLER_NAMES.get(value, value),
         in_plan=True,
-        nearest=nearest_sampler,
     )
     spacing: str | None = setting(
         None,
-        kind="text",
-        expected=f"one of {', '.join(SPACINGS)}",
-        accepts=lambda value: isinstance(value, str) and value in SPACINGS,
+        **A_SPACING,
         help=", ".join(SPACINGS),
         usual="karras, or as the model says",
         metavar="K",
         similar=("schedule", "schedule_type", "noise_schedule", "sigmas"),
         label="Schedule type",
-        shown=lambda value: SPACING_NAMES.get(value, value),
         in_plan=True,
-        nearest=nearest_spacing,
     )
     rho: float | None = setting(
         None,
@@ -575,7 +583,7 @@ class Request:
         None,
         kind="text",
         expected="WIDTHxHEIGHT such as 1024x1024",
-        accepts=lambda value: isinstance(value, str) and re.fullmatch(SIZE, value) is not None,
+        accepts=_is_size,
         help="the same at a size in pixels",
         usual="one pass",
         metavar="WxH",
@@ -623,31 +631,23 @@ class Request:
     )
     hires_sampler: str | None = setting(
         None,
-        kind="text",
-        expected=f"one of {', '.join(SAMPLERS)}",
-        accepts=lambda value: isinstance(value, str) and value in SAMPLERS,
+        **A_SAMPLER,
         help="sampler of the second pass",
         usual="as the first",
         metavar="S",
         tasks=("txt2img",),
         aliases=("hr_sampler_name",),
         label="Hires sampler",
-        shown=lambda value: SAMPLER_NAMES.get(value, value),
-        nearest=nearest_sampler,
     )
     hires_spacing: str | None = setting(
         None,
-        kind="text",
-        expected=f"one of {', '.join(SPACINGS)}",
-        accepts=lambda value: isinstance(value, str) and value in SPACINGS,
+        **A_SPACING,
         help="spacing of the second pass",
         usual="as the first",
         metavar="K",
         tasks=("txt2img",),
         aliases=("hr_scheduler",),
         label="Hires schedule type",
-        shown=lambda value: SPACING_NAMES.get(value, value),
-        nearest=nearest_spacing,
     )
     hires_guidance: float | None = setting(
         None,
@@ -793,24 +793,23 @@ def check_values(values: Mapping[str, Any], kind: type[Request] | None = None) -
     for name, known in settings(kind).items():
         value = values.get(name)
         if name in values and not (value is None and defaults[name] is None):
-            advice = ""
-            if known.nearest is not None and isinstance(value, str) and not known.accepts(value):
+            good, advice = known.accepts(value), ""
+            if not good and known.nearest is not None and isinstance(value, str):
                 advice = f"; nearest to it is {known.nearest(value)}"
-            need(known.accepts(value), name, known.expected, value, advice)
+            need(good, name, known.expected, value, advice)
             if known.kind in ("text", "texts"):
                 expected = "text (half of a character, or bytes that are none, cannot be kept in a recipe)"
                 texts: Any = [value] if isinstance(value, str) else value if known.kind == "texts" else []
                 need(all(map(is_storable, texts)), name, expected, value)
-    _check_sampler(values)
-    _check_hires(values)
+    _check_sampler(values, [name for name in DEPENDENT if values.get(name) not in (None, defaults[name])])
+    hires = [name for name in values if name.startswith("hires_")]
+    _check_hires(values, [name for name in hires if values[name] not in (None, defaults[name])])
     _check_variation(values)
 
 
-def _check_hires(values: Mapping[str, Any]) -> None:
+def _check_hires(values: Mapping[str, Any], given: Sequence[str]) -> None:
     """Raises ValueError where settings of a second pass are given without one, or twice, or with a picture."""
-    both = [name for name in ("hires_scale", "hires_size") if values.get(name) is not None]
-    usual = {"hires_upscaler": UPSCALERS[0], "hires_prompt": "", "hires_negative_prompt": ""}
-    given = [name for name in values if name.startswith("hires_") and values[name] not in (None, usual.get(name))]
+    both = [name for name in ("hires_scale", "hires_size") if name in given]
     if given and not both:
         raise ValueError(f"{given[0]} is of a second pass; give hires_scale or hires_size too")
     if len(both) > 1:
@@ -819,18 +818,18 @@ def _check_hires(values: Mapping[str, Any]) -> None:
         raise ValueError(f"{both[0]} is for pictures from a prompt alone; leave the image out, or {both[0]}")
 
 
-def _check_sampler(values: Mapping[str, Any]) -> None:
+def _check_sampler(values: Mapping[str, Any], given: Sequence[str]) -> None:
     """Raises ValueError where a setting is given that the sampler or the spacing does not have."""
     sampler, spacing = SAMPLERS.get(values.get("sampler") or ""), values.get("spacing")
     if sampler is not None:
-        for name, usual in (("eta", None), *((name, 0.0 if name != "s_tmax" else None) for name in CHURN)):
-            owners = ", ".join(each for each, one in SAMPLERS.items() if name in one.options)
-            good = name in sampler.options or values.get(name) in (None, usual)
-            need(good, name, f"left out for {values['sampler']} (it belongs to {owners})", values.get(name))
-        good = sampler.stochastic or bool({"eta", *CHURN} & {*sampler.options}) or values.get("s_noise") in (None, 1)
+        for name in ("eta", *CHURN):
+            if name in given and name not in sampler.options:
+                owners = ", ".join(each for each, one in SAMPLERS.items() if name in one.options)
+                need(False, name, f"left out for {values['sampler']} (it belongs to {owners})", values[name])
+        good = "s_noise" not in given or sampler.adds_noise
         need(good, "s_noise", f"left out for {values['sampler']}, which adds no noise", values.get("s_noise"))
     if spacing is not None:
-        good = spacing in RHO or values.get("rho") is None
+        good = spacing in RHO or "rho" not in given
         need(good, "rho", f"left out for {spacing} (it belongs to {', '.join(RHO)})", values.get("rho"))
 
 
@@ -964,7 +963,7 @@ def second_pass(resolved: Request, config: ModelConfig) -> SecondPass | None:
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(resolved)}
     changed = {name: defaults[name] for name in settings(type(resolved)) if name.startswith("hires_")}
     changed |= {name: defaults[name] for name in ("eta", *CHURN) if name not in chosen.options}
-    if not chosen.stochastic and not chosen.options:
+    if not chosen.adds_noise:
         changed["s_noise"] = defaults["s_noise"]
     if spacing not in RHO:
         changed["rho"] = None
@@ -999,7 +998,7 @@ def parse_size(text: Any) -> tuple[int, int]:
     Raises:
         ValueError: it is something else.
     """
-    match = re.fullmatch(SIZE, text) if isinstance(text, str) else None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"size must be WIDTHxHEIGHT such as 512x768, found {text!r}")
     return int(match[1]), int(match[2])

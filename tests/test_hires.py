@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from sdjax import Request
+from sdjax.cli.job import check_of
 from sdjax.config import TINY, UNetConfig
 from sdjax.diffusion.upscale import (
     LATENT_UPSCALERS,
@@ -23,6 +24,7 @@ from sdjax.diffusion.upscale import (
     upscaler_of,
 )
 from sdjax.jobs.job_file import read_lines
+from sdjax.load import library_of
 from sdjax.models.params import random_params
 from sdjax.pipeline.batching import Waiting
 from sdjax.pipeline.pipeline import Pipeline
@@ -225,6 +227,13 @@ def test_lines_of_jobs_may_have_second_passes():
     (found,) = read_lines(io.BytesIO(json.dumps(line).encode()), ".jsonl", {})
     assert (found.request.hires_scale, found.request.hires_upscaler) == (2, "latent")
     assert (found.request.hires_sampler, found.request.hires_spacing) == ("dpmpp_2m", "karras")
+
+
+def test_adapters_of_the_second_pass_are_looked_for_before_anything_runs():
+    check = check_of("", MINI, library_of(None))
+    check(Request("a", hires_scale=2, hires_prompt="b"))
+    with pytest.raises(FileNotFoundError, match="the adapter 'ink' is not there"):
+        check(Request("a", hires_scale=2, hires_prompt="b <lora:ink:1>"))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ LOOPS = {
 TWO_OUTPUTS = ("dpmpp_2m_cfg_pp", "dpmpp_2s_ancestral_cfg_pp", "res_multistep_cfg_pp")
 """Multistep rules that need the guided and the unguided output apart, which is no table of rows."""
 
+USUAL = dict(steps=6, spacing="karras", eta=None, strength=1.0, guidance=1.0)
+USUAL |= dict(guidance_rescale=0.0, guidance_interval=(0.0, 1.0))
+"""The settings of a plan in the tests below."""
+
 TOLERANCES = {"deis": 1e-4, "er_sde": 1e-6}
 """DEIS in ComfyUI sums ten thousand points where ours is the integral; ER-SDE's sums differ in their order."""
 
@@ -128,9 +132,7 @@ def test_loops_come_to_the_result_of_the_program_that_has_the_sampler(group, nam
 
 def test_cfg_pp_is_guidance_that_depends_on_the_row():
     """What the loops above are run with stands in the plan of a picture (Chung et al. 2024, algorithm 1)."""
-    usual = dict(steps=6, spacing="karras", rho=None, eta=None, s_churn=0.0, s_tmin=0.0, s_tmax=None, s_noise=1.0)
-    usual |= dict(strength=1.0, guidance=0.8, guidance_rescale=0.0, guidance_interval=(0.0, 1.0))
-    plan = make_plan(ScheduleConfig(), sampler="euler_cfg_pp", **usual)
+    plan = make_plan(ScheduleConfig(), sampler="euler_cfg_pp", **USUAL | dict(guidance=0.8))
     sigma = SCHEDULE.levels(6, "karras")
     np.testing.assert_allclose(plan.rows.levels.guidance.scale[:6], 0.8 / (1 - sigma[1:] / sigma[:-1]), rtol=1e-12)
     assert plan.rows.levels.guidance.used[:6].all()
@@ -191,10 +193,8 @@ def test_churn_is_that_of_karras_et_al(name, s_churn, s_tmin, s_tmax):
 
 
 def test_noise_before_the_first_step_is_part_of_the_initial_noise():
-    usual = dict(steps=6, spacing="karras", rho=None, eta=None, s_tmin=0.0, s_tmax=None, strength=1.0, guidance=1.0)
-    usual |= dict(guidance_rescale=0.0, guidance_interval=(0.0, 1.0), sampler="heun")
     plain, churned, louder = (
-        make_plan(ScheduleConfig(), s_churn=s_churn, s_noise=s_noise, **usual)
+        make_plan(ScheduleConfig(), s_churn=s_churn, s_noise=s_noise, sampler="heun", **USUAL)
         for s_churn, s_noise in ((0.0, 1.0), (2.0, 1.0), (2.0, 1.1))
     )
     assert churned.sigma == pytest.approx(plain.sigma * (1 + 2 / 6))

@@ -9,7 +9,9 @@ from PIL import Image
 
 from sdjax.cli.options import parser
 from sdjax.config import SamplingConfig
-from sdjax.diffusion.names import SAMPLER_NAMES, sampler_of
+from sdjax.diffusion.names import INSTEAD, SAMPLER_NAMES, nearest_sampler, nearest_spacing, sampler_of
+from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.spacings import SPACINGS
 from sdjax.jobs.forms import FIELDS, OPTIONS, Known
 from sdjax.jobs.job_file import Rejected, from_json, read_lines, to_json
 from sdjax.pipeline.recipe import Recipe, encoded, read_recipe, recipe_of
@@ -182,6 +184,9 @@ def test_spacings_are_understood_as_a1111_spells_them(spelled, spacing):
         ({"sampler": "DPM adaptive"}, "nearest to it is dpmpp_2m"),
         ({"sampler": "DPM++ 2S"}, "nearest to it is dpmpp_2s_a"),
         ({"sampler": "eular a"}, "nearest to it is euler_a"),
+        ({"sampler": "exp_heun_2_x0"}, "nearest to it is heun"),
+        ({"sampler": "exp_heun_2_x0_sde"}, "nearest to it is dpmpp_sde"),
+        ({"spacing": "laplace"}, "nearest to it is karras"),
         ({"spacing": "karass"}, "nearest to it is karras"),
         ({"spacing": "linear_quadratic"}, "nearest to it is sgm_uniform"),
     ],
@@ -189,6 +194,12 @@ def test_spacings_are_understood_as_a1111_spells_them(spelled, spacing):
 def test_a_name_that_nobody_can_run_is_refused_with_the_nearest_that_can(settings, nearest):
     with pytest.raises(ValueError, match=nearest):
         check_values(settings)
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_is_nearest_is_of_the_same_kind(name):
+    assert nearest_sampler(name) in SAMPLERS
+    assert nearest_spacing(name) in SPACINGS
 
 
 @pytest.mark.parametrize(

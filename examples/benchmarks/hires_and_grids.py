@@ -10,14 +10,15 @@ Measures:
     hires        a picture of two passes beside the sum of its two passes made by themselves (bar: 1.05 at the most)
     grid         64 pictures by `sdjax grid` beside making them one by one, files included (bar: 1.5 times as fast)
 
-The model in the box on two cores of an AMD EPYC, 2026-11-27, jax 0.10.2; recompiles beside other work, the
-others on a quiet machine, `hires` with --rounds 9, `grid` with --rounds 4; no GPU was lent:
+The model in the box on two cores of an AMD EPYC, 2026-11-27, jax 0.10.2, --rounds 9; no GPU was lent:
 
-    recompiles: 9 programs in the first of each kind (94.8 s); then 0 in 60 random recipes (10.5 s)
-    hires: 0.21 s for 64x64 and 128x128 by latent, 0.08 + 0.14 s for its passes by themselves: ratio 0.933
-    hires: 0.22 s for 64x64 and 128x128 by lanczos, 0.08 + 0.14 s for its passes by themselves: ratio 0.999
-    grid: 3.49 s for 64 pictures and their sheet by sdjax grid, loading the model included, 5.29 s one by one: 1.52
+    recompiles: 9 programs in the first of each kind (36.3 s); then 0 in 60 random recipes (6.5 s)
+    hires: 0.27 s for 64x64 and 128x128 by latent, 0.12 + 0.16 s for its passes by themselves: ratio 0.967
+    hires: 0.26 s for 64x64 and 128x128 by lanczos, 0.10 + 0.15 s for its passes by themselves: ratio 1.015
+    grid: 3.33 s for 64 pictures and their sheet by sdjax grid, loading the model included, 5.89 s one by one: 1.77
         times as fast
+
+The run before, on the same machine, gave 0.93 and 1.00 for `hires` and 1.52 for `grid`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,8 @@ import argparse
 import contextlib
 import io
 import random
-import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,8 @@ from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.recipe import recipe_of, save_picture
 from sdjax.request import Request
 
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+sys.path.insert(0, str(Path(__file__).parent))
+from batch_generation import in_turns, seconds
 
 
 def random_recipe(draw: random.Random, pipe: Pipeline, *, tiling: bool, drawn: bool) -> Request:
@@ -158,13 +154,7 @@ def hires(pipe: Pipeline, options: argparse.Namespace) -> None:
             return pipe.image_to_image("red heart", picture, seed=1, steps=20, strength=0.5)[0]
 
         calls = (lambda both=both: pipe.text_to_image("red heart", seed=1, steps=20, **both), first, second)
-        times: list[list[float]] = [[] for _ in calls]
-        for number in range(options.rounds + 1):
-            for i, call in enumerate(calls):
-                took = seconds(call)
-                if number:  # the first round compiles
-                    times[i].append(took)
-        whole, one, two = (statistics.median(column) for column in times)
+        whole, one, two = in_turns(options.rounds, *calls)
         print(
             f"hires: {whole:.2f} s for {side}x{side} and {2 * side}x{2 * side} by {upscaler}, {one:.2f} + {two:.2f} s "
             f"for its passes by themselves: ratio {whole / (one + two):.3f}",
@@ -176,25 +166,20 @@ def grid(pipe: Pipeline, options: argparse.Namespace) -> None:
     axes = ["--x", "guidance=2,3,4,5,6,7,8,9", "--y", "sampler=ddim,euler,euler_a,heun,dpmpp_2m,dpmpp_2m_sde,unipc,lcm"]
     samplers, scales = axes[3].partition("=")[2].split(","), [float(x) for x in axes[1].partition("=")[2].split(",")]
     requests = [Request("red heart", seed=1, steps=15, sampler=name, guidance=g) for name in samplers for g in scales]
-    ours, theirs = [], []
-    for number in range(options.rounds + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = ["grid", "red heart", "--seed", "1", "--steps", "15", *axes, "-o", f"{folder}/grid"]
-            with contextlib.redirect_stdout(io.StringIO()):
-                took = seconds(lambda arguments=arguments: command_line(arguments))
+
+    def by_grid() -> None:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            command_line(["grid", "red heart", "--seed", "1", "--steps", "15", *axes, "-o", f"{folder}/grid"])
             assert len(list(Path(folder, "grid").rglob("*.png"))) >= 65
 
-            def one_by_one(folder: str = folder) -> None:
-                for i, request in enumerate(requests):
-                    (_, picture), *_ = pipe.batch([request], batch_size=1)
-                    recipe = recipe_of(request, pipe.config.sampling, picture, model="", dtype="float32")
-                    save_picture(Path(folder) / f"{i}.png", picture, recipe)
+    def one_by_one() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for i, request in enumerate(requests):
+                (_, picture), *_ = pipe.batch([request], batch_size=1)
+                recipe = recipe_of(request, pipe.config.sampling, picture, model="", dtype="float32")
+                save_picture(Path(folder) / f"{i}.png", picture, recipe)
 
-            alone = seconds(one_by_one)
-        if number:
-            ours.append(took)
-            theirs.append(alone)
-    together, alone = statistics.median(ours), statistics.median(theirs)
+    together, alone = in_turns(options.rounds, by_grid, one_by_one)
     print(
         f"grid: {together:.2f} s for 64 pictures and their sheet by sdjax grid, loading the model included, "
         f"{alone:.2f} s one by one: {alone / together:.2f} times as fast",

@@ -34,7 +34,7 @@ def batch(options: argparse.Namespace) -> int:
 
     dotted: list[str] = []
     library = library_of(options.lora_dir)
-    check_one = check_of(options, config, library)
+    check_one = check_of(options.model, config, library)
 
     def check(request: Request) -> None:
         check_one(request)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdjax.cli.job import check_of
 from sdjax.cli.model import conversion_of, load_model, placement_of, progress_bars
 from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import note
@@ -19,7 +20,6 @@ from sdjax.request import (
     BATCH,
     RANDOM,
     Request,
-    check_request,
     check_seeds,
     check_values,
     numbered,
@@ -27,7 +27,6 @@ from sdjax.request import (
     parse_sides,
     parse_size,
     random_seed,
-    second_pass,
     seeds_of,
     settings,
 )
@@ -88,9 +87,7 @@ def generate(options: argparse.Namespace) -> int:
         _tell_other_adapters(asked.foreign, {tag.name: library.find(tag.name) for tag in tags_of(first)})
 
     def check(config: ModelConfig) -> None:
-        second = second_pass(check_request(first, config, model or config.name), config)
-        for tag in [*tags_of(first), *(tags_of(second.request) if second is not None else [])]:
-            library.adapter(tag, config)
+        check_of(model, config, library)(first)
         pixels_of(first, config)
 
     # The model, and the pictures
@@ -102,12 +99,13 @@ def generate(options: argparse.Namespace) -> int:
         pipe = dataclasses.replace(pipe, library=library)  # which has read the adapters
         output.make_folder()
         begin_work()
-        each, begun = at_once * placement.data_parallel, 0
+        each, begun, cells = at_once * placement.data_parallel, 0, None
         step: Callable[..., None] = print
 
         def progress(done: int, total: int, x0_hat: Any) -> None:
-            nonlocal step, begun
-            if done == 1 and begun == count:
+            nonlocal step, begun, cells
+            cells = cells or x0_hat.shape[1:]  # of the first pass
+            if done == 1 and (begun == count or x0_hat.shape[1:] != cells):
                 step = on_step("second pass")
             elif done == 1:
                 last = min(begun + each, count)

@@ -42,7 +42,7 @@ def grid(options: argparse.Namespace) -> int:
     grids.refuse_too_many([each.total for each in asked], grids.shared_size(fields, config))
     axes = [each.axis() for each in asked]
     library = library_of(options.lora_dir)
-    check = check_of(options, config, library)
+    check = check_of(options.model, config, library)
     text, lines = grids.lines_of(fields, axes, check, kind)
     sizes = [grids.picture_size(line.request, config) for line in lines]
     layout = layout_of(axes, sizes)

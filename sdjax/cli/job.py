@@ -16,7 +16,7 @@ from sdjax.cli.model import conversion_of, folders_of, load_model, placement_of,
 from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import console, error, note
 from sdjax.config import ModelConfig
-from sdjax.request import Request, check_request
+from sdjax.request import Request, check_request, second_pass
 
 NOTES = 20
 """Most lines that are named of those that were left out."""
@@ -27,14 +27,18 @@ def line_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in options.line_settings if (value := getattr(options, name)) is not None}
 
 
-def check_of(options: argparse.Namespace, config: ModelConfig, library: Any) -> Callable[[Request], None]:
-    """What raises ValueError for a request that the model cannot make, or whose adapters are not there."""
+def check_of(model: str, config: ModelConfig, library: Any) -> Callable[[Request], None]:
+    """What raises ValueError for a request that the model cannot make, or whose adapters are not there.
+
+    model: its name, for messages; "" is the model in the box. library: of adapters.
+    """
     from sdjax.pipeline.adapters import tags_of
 
     def check(request: Request) -> None:
-        check_request(request, config, options.model or config.name)
-        for tag in tags_of(request):
-            library.adapter(tag, config)
+        second = second_pass(check_request(request, config, model or config.name), config)
+        for one in [request] if second is None else [request, second.request]:
+            for tag in tags_of(one):
+                library.adapter(tag, config)
 
     return check
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.spacings import SPACINGS
@@ -118,6 +118,9 @@ SPACING_NAMES = {
 OTHER_SPACINGS = {"uniform": "normal", "align_your_steps": "ays_a1111"}
 """Further names, in small letters."""
 
+_SAMPLERS = {spelling.lower(): here for here, spelling in SAMPLER_NAMES.items()} | OTHER_SAMPLERS
+_SPACINGS = {spelling.lower(): here for here, spelling in SPACING_NAMES.items()}
+
 
 def sampler_of(name: str) -> tuple[str, str | None]:
     """Sampler, and spacing if it is in the name, from a name of ours or of other tools ("DPM++ 2M Karras").
@@ -126,17 +129,15 @@ def sampler_of(name: str) -> tuple[str, str | None]:
     """
     if name in SAMPLERS:
         return name, None
-    theirs = {spelling.lower(): here for here, spelling in SAMPLER_NAMES.items()} | OTHER_SAMPLERS
     plain = " ".join(name.lower().split())
-    if plain in theirs:
-        return theirs[plain], None
-    endings = {spelling.lower(): here for here, spelling in SPACING_NAMES.items()}
+    if plain in _SAMPLERS:
+        return _SAMPLERS[plain], None
     ours = {spacing: spacing for spacing in SPACINGS}
-    for spacings, samplers in ((endings, theirs), (ours, SAMPLERS), (ours, theirs)):
+    for spacings, samplers in ((_SPACINGS, _SAMPLERS), (ours, SAMPLERS), (ours, _SAMPLERS)):
         for ending, spacing in spacings.items():
             first = plain.removesuffix(f" {ending}").removesuffix(f"_{ending}")
             if first != plain and first in samplers:
-                return theirs.get(first, first), spacing
+                return _SAMPLERS.get(first, first), spacing
     return name, None
 
 
@@ -147,27 +148,24 @@ def spacing_of(name: str) -> str:
     if name in SPACINGS:
         return name
     plain = " ".join(name.lower().split())
-    spellings = {spelling.lower(): here for here, spelling in SPACING_NAMES.items()} | OTHER_SPACINGS
-    return spellings.get(plain, plain if plain in SPACINGS else name)
+    return (_SPACINGS | OTHER_SPACINGS).get(plain, plain if plain in SPACINGS else name)
 
 
 def nearest_sampler(name: str) -> str:
     """The sampler that comes nearest to a name that cannot be run."""
-    return _nearest(
-        name, {spelling.lower(): here for here, spelling in SAMPLER_NAMES.items()} | OTHER_SAMPLERS, SAMPLERS
-    )
+    return _nearest(name, _SAMPLERS, SAMPLERS)
 
 
 def nearest_spacing(name: str) -> str:
     """The spacing that comes nearest to a name that nobody knows."""
-    return _nearest(name, {spelling.lower(): here for here, spelling in SPACING_NAMES.items()}, SPACINGS)
+    return _nearest(name, _SPACINGS, SPACINGS)
 
 
-def _nearest(name: str, spellings: dict[str, str], known: Iterable[str]) -> str:
+def _nearest(name: str, spellings: dict[str, str], known: Collection[str]) -> str:
     plain = " ".join(str(name).lower().split())
-    for known_to_fail, instead in INSTEAD.items():
-        if plain.startswith(known_to_fail):
-            return instead
+    for beginning in sorted(INSTEAD, key=len, reverse=True):
+        if plain.startswith(beginning) and INSTEAD[beginning] in known:
+            return INSTEAD[beginning]
     names = {**spellings, **{each: each for each in known}}
     found = difflib.get_close_matches(plain, names, 1, cutoff=0)
     return names[found[0]]

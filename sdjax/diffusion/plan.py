@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from sdjax.config import ScheduleConfig
-from sdjax.diffusion.rows import Rows
+from sdjax.diffusion.rows import Rows, padded
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.schedule import noise_schedule, start_step
-from sdjax.types import Guidance
+from sdjax.types import Guidance, NoiseLevel
 
 ROW_BOUND = 64
 """Plans are padded to this number of rows, or the smallest power of two that holds them: one program for all."""
@@ -66,8 +66,9 @@ def make_plan(
     options: dict[str, Any] = {
         name: value for name, value in asked.items() if name in chosen.options and value is not None
     }
-    count = len(chosen.rows(schedule, sigma, **options).scale)
-    rows = chosen.rows(schedule, sigma, row_bound(count), s_noise=s_noise, **options)
+    rows = chosen.rows(schedule, sigma, s_noise=s_noise, **options)
+    count = len(rows.scale)
+    rows = padded(rows, row_bound(count), NoiseLevel(schedule.sigmas[0], 0.0))
     if count:  # noise before the first step is part of the initial noise
         start = float(np.sqrt(start**2 + s_noise**2 * (rows.levels.sigma[0] ** 2 - start**2)))
     inside = (low < rows.levels.sigma) & (rows.levels.sigma <= high) & (np.arange(len(rows.scale)) < count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -89,12 +90,8 @@ def rows_at(sigma: np.ndarray) -> Rows:
     )
 
 
-def joined(first: Rows, second: Rows) -> Rows:
-    """One table behind another; without timesteps."""
-
-    def both(one: Any, other: Any) -> Any:
-        if isinstance(one, NoiseLevel):
-            return NoiseLevel(np.concatenate([one.sigma, other.sigma]), None)
-        return np.concatenate([one, other])
-
-    return Rows(*map(both, first, second))
+def padded(rows: Rows, length: int, level: NoiseLevel) -> Rows:
+    """The table filled up to `length` rows with such that leave x as it is. level: that these are evaluated at."""
+    rest = rows_at(np.full(1 + length - len(rows.scale), level.sigma))
+    rest = rest._replace(levels=NoiseLevel(rest.levels.sigma, np.full(len(rest.scale), level.t)))
+    return jax.tree.map(lambda own, more: np.concatenate([own, more]), rows, rest)

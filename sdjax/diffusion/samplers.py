@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.diffusion import tables
-from sdjax.diffusion.rows import Rows, joined, rows_at
+from sdjax.diffusion.rows import Rows, padded, rows_at
 from sdjax.diffusion.schedule import NoiseSchedule
 from sdjax.types import NoiseLevel
 
@@ -77,6 +77,11 @@ class Sampler:
     of_schedule: bool = False
     cfg_pp: bool = False
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether it adds noise, or can be asked to."""
+        return self.stochastic or bool(self.options)
+
     def rows(
         self,
         schedule: NoiseSchedule,
@@ -95,11 +100,9 @@ class Sampler:
         if self.of_schedule:
             options = {"sigmas": schedule.sigmas, **options}
         rows = self.table(sigma, **options) if len(sigma) > 1 else rows_at(sigma)
-        rows = rows._replace(noise=s_noise * rows.noise)
-        if length is not None:
-            rows = joined(rows, rows_at(np.full(1 + length - len(rows.scale), schedule.sigmas[0])))
         visited = rows.levels.sigma
-        return rows._replace(levels=NoiseLevel(visited, schedule.timesteps(visited)))
+        rows = rows._replace(noise=s_noise * rows.noise, levels=NoiseLevel(visited, schedule.timesteps(visited)))
+        return rows if length is None else padded(rows, length, NoiseLevel(schedule.sigmas[0], 0.0))
 
 
 def ddim(eta: float = 0.0) -> Sampler:

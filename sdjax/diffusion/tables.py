@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from sdjax.diffusion.rows import Rows, rows_at
+from sdjax.diffusion.spacings import RHO, karras
 
 # What several tables share
 
@@ -540,8 +541,8 @@ def restart_table(sigma: np.ndarray) -> Rows:
 
 
 def _karras(high: float, low: float, count: int) -> np.ndarray:
-    """Levels evenly in sigma^(1/7), both ends included."""
-    return np.linspace(high ** (1 / 7), low ** (1 / 7), count) ** 7
+    """Levels of the spacing karras, both ends included."""
+    return karras(np.array([low, high]), count, RHO["karras"])[:-1]
 
 
 def dpm2_table(

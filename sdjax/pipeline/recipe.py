@@ -39,16 +39,9 @@ GRAPHS = (0x0110, 0x010F)
 
 COMMENT_CODE = b"UNICODE\0"  # EXIF 2.3, section 4.6.5: the code of the text that follows
 FIRST: tuple[str, ...] = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "steps",
-    "guidance",
-    "guidance_rescale",
-    "guidance_interval",
-    "sampler",
+    *("prompt", "negative_prompt", "seed", "steps", "guidance", "guidance_rescale", "guidance_interval", "sampler"),
+    *("spacing", "eta", "clip_skip", "width", "height", "strength", "noise"),
 )
-FIRST += ("spacing", "eta", "clip_skip", "width", "height", "strength", "noise")
 """Settings that every recipe has; later ones may be missing from recipes of earlier versions, and had their default."""
 
 ADDED: dict[str, Any] = {"conversion": {}, "environment": {}, "adapters": {}, "embeddings": {}, "weighting": "none"}

@@ -65,11 +65,12 @@ def programs_for(
     one = prepare(request, config, config.name, words=words, encode=no_latents, sources={})
     passes = [one] if one.second is None else [one, one.second.one]
     found: dict[str, Lower] = {}
+    by_picture = one.second is not None and one.second.sees_picture
     for number, each in enumerate(passes):
         lowers = _of_pass(each, config, params, batch_size, placement)
-        if number == 0 and one.second is not None and not one.second.sees_picture:
+        if each.second is not None and not by_picture:
             del lowers["decode"]  # the second pass starts from latents
-        encodes = request.image is not None or (number == 1 and one.second is not None and one.second.sees_picture)
+        encodes = by_picture if number else request.image is not None
         if encodes or config.unet.in_channels == 9:
             width, height = each.source.size
             picture = jax.ShapeDtypeStruct((1, height, width, config.vae.image_channels), np.float32)

@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sdjax.request import SEEDS, Request, check_values, is_storable, settings
+from sdjax.request import DEPENDENT, SEEDS, Request, check_values, is_storable, settings
 
 LONGEST = 120
 """Most characters of a foreign value that a line repeats."""
-
-DEPENDENT = ("eta", "rho", "s_churn", "s_tmin", "s_tmax", "s_noise")
-"""Settings that only some samplers or spacings have."""
 
 
 class Foreign(NamedTuple):
@@ -103,10 +100,9 @@ class Findings:
             if name in self.settings:
                 try:
                     check_values(chosen | {name: self.settings[name]})
-                except ValueError as error:
-                    other = re.match(r"(\w+) must be left out for (\w+)", str(error))
-                    why = str(error) if other is None else f"{other[2]} has no {other[1]}"
-                    self.leave(f"{name} {self.settings.pop(name):g}", f"left out; {why}")
+                except ValueError:  # each value by itself is usable
+                    owner = chosen["spacing" if name == "rho" else "sampler"]
+                    self.leave(f"{name} {self.settings.pop(name):g}", f"left out; {owner} has no {name}")
         return tuple(self.lines)
 
 
