@@ -1007,8 +1007,8 @@ print(f"this loop and sdjax make the same pictures, but for {difference} of 255"
 assert difference <= 2
 
 # %% [markdown]
-# How few are enough? The same noise and prompt with fewer and fewer steps. The distance is to the picture of 24 steps
-#
+# How few are enough? The same noise and prompt with fewer and fewer steps. The distance is that to the picture of 24
+# steps.
 
 # %%
 
