@@ -1,5 +1,6 @@
 """Grids: what an axis may say, that each picture is the one made alone, resuming, and what a sheet shows."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from sdjax.jobs import grid as grids
 from sdjax.jobs.grid import axis, cells, grid, lines_of, written
 from sdjax.jobs.sheet import GAP, KEY, Texts, draw, layout_of, wrapped
 from sdjax.models.params import random_params
-from sdjax.pipeline.recipe import read_recipe
+from sdjax.pipeline.recipe import read_recipe, recipe_of
 from sdjax.request import Request
 from sdjax.storage import checkpoint
 from tests.small import MINI, mini
@@ -385,6 +386,19 @@ def test_sheets_are_known_by_their_text(here, model, capsys):
         assert image.info[KEY] == "2"
     entries = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
     assert sorted(entry["id"] for entry in entries) == ["x1", "x2"]
+
+
+def test_the_foot_of_a_sheet_says_nothing_of_what_is_as_usual():
+    picture = Image.new("RGB", (8, 8))
+    recipes = [
+        dataclasses.asdict(recipe_of(Request("a", guidance=g, s_churn=1.0), MINI.sampling, picture, model="", dtype=""))
+        for g in (2, 3)
+    ]
+    said = grids.shared_texts(recipes, [axis("guidance", [2, 3])]).settings
+    assert "Sigma churn: 1.0" in said
+    assert "Size: 8x8" in said
+    for absent in ("CFG scale", "Hires", "Sigma tmin", "Tiling", "Variation"):
+        assert absent not in said
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from sdjax.jobs.forms import Known, value_of
 from sdjax.jobs.job_file import Line, Rejected, read_lines, seed_of
 from sdjax.jobs.sheet import Texts, draw, layout_of
 from sdjax.pipeline.pipeline import Pipeline
-from sdjax.pipeline.recipe import recipe_of
+from sdjax.pipeline.recipe import labelled, recipe_class, recipe_of
 from sdjax.request import (
     BATCH,
     Request,
@@ -35,7 +35,6 @@ from sdjax.request import (
     parse_sides,
     parse_size,
     second_pass,
-    settings,
     size_of,
     with_defaults,
 )
@@ -405,13 +404,7 @@ def shared_texts(recipes: Sequence[dict[str, Any]], axes: Sequence[Axis], kind: 
 
     recipes: of the pictures, as JSON.
     """
-    table = {name: known for name, known in settings(kind).items() if known.label}
-    said = []
-    for recipe in recipes:
-        given = {known: recipe[name] for name, known in table.items() if recipe[name] is not None}
-        found = {known.label: shown for known, value in given.items() if (shown := known.shown(value)) is not None}
-        found |= {"Size": f"{recipe['width']}x{recipe['height']}", "Model": Path(recipe["model"]).name or "built-in"}
-        said.append(found)
+    said = [labelled(recipe, recipe_class(kind)) for recipe in recipes]  # type: ignore[arg-type]
     alike = {label: value for label, value in (said or [{}])[0].items() if all(one.get(label) == value for one in said)}
     whole = {each.name for each in axes}
     prompt, negative = (

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import typing
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -139,16 +140,7 @@ class RecipeBase:
         lines = [" ".join([self.prompt, *(f"<lora:{Path(tag.name).stem}:{tag.text:g}:{tag.unet:g}>" for tag in tags)])]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
-        said: dict[str, Any] = {}
-        for name, known in self.settings.items():
-            value = getattr(self, name)
-            usual = self.__dataclass_fields__[name].default
-            if known.label is None or value is None or (known.label not in LABELS and value == usual):
-                continue
-            if (shown := known.shown(value)) is not None:
-                said[known.label] = shown
-        said = {label: said.pop(label) for label in LABELS if label in said} | said
-        said |= {"Size": f"{self.width}x{self.height}", "Model": Path(self.model).name or "built-in"}
+        said = labelled(vars(self), type(self))
         for label, files in (("Lora hashes", self.adapters), ("TI hashes", self.embeddings)):
             if files:
                 hashes = ", ".join(f"{Path(path).stem}: {digest[:12]}" for path, digest in files.items())
@@ -160,6 +152,22 @@ class RecipeBase:
 
 LABELS = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed")
 """What other tools expect first, in this order."""
+
+
+def labelled(values: Mapping[str, Any], kind: type[RecipeBase]) -> dict[str, Any]:
+    """What a recipe of a kind says by the labels that other tools read: settings that are not as usual, size and model.
+
+    values: its entries by name.
+    """
+    said: dict[str, Any] = {}
+    for name, known in kind.settings.items():
+        value, usual = values[name], kind.__dataclass_fields__[name].default
+        if known.label is None or value is None or (known.label not in LABELS and value == usual):
+            continue
+        if (shown := known.shown(value)) is not None:
+            said[known.label] = shown
+    said = {label: said.pop(label) for label in LABELS if label in said} | said
+    return said | {"Size": f"{values['width']}x{values['height']}", "Model": Path(values["model"]).name or "built-in"}
 
 
 @lru_cache
