@@ -7,14 +7,15 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from sdjax.cli.job import check_of, do_job, line_settings
 from sdjax.cli.model import conversion_of
 from sdjax.cli.terminal import note
 from sdjax.request import check_positive
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHEET = "grid.png"
 
@@ -85,5 +86,7 @@ def grid(options: argparse.Namespace) -> int:
 
 
 def _opened(path: Path) -> Image.Image:
+    from PIL import Image
+
     with Image.open(path) as image:
         return image.convert("RGB")

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from sdjax.cli.terminal import console
 from sdjax.config import ModelConfig
 from sdjax.request import Request
-from sdjax.types import Params
+
+if TYPE_CHECKING:
+    from sdjax.types import Params
 
 
 def add_conversion(command: argparse.ArgumentParser, *, ema: bool = True) -> None:
@@ -114,8 +114,10 @@ def placement_of(options: argparse.Namespace, pictures: int | None = None) -> An
 @contextmanager
 def progress_bars(model: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], Callable[..., None]]]]:
     """Bars on the error stream: one while a file is converted, one for each batch of pictures."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bars:
         conversion: list[Any] = []
 
         def on_convert(done: int, total: int) -> None:

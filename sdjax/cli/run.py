@@ -20,7 +20,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 keep_programs()
             return options.run(options)
         except KeyboardInterrupt:
-            console.print("sdjax: interrupted; what was made so far is kept", markup=False)
+            console().print("sdjax: interrupted; what was made so far is kept", markup=False)
             return INTERRUPTED
         except Exception as failure:
             if os.environ.get("SDJAX_TRACEBACK"):

@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 
 from sdjax.config import SamplingConfig
 from sdjax.devices.platform import environment
-from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.names import TRAITS
 from sdjax.request import TASKS, Request, Setting, settings, task_of, with_defaults
 from sdjax.storage.files import new_file
 from sdjax.text.syntax import lora_of
@@ -126,7 +126,7 @@ class RecipeBase:
             for name, expected in kinds.items():
                 if not _fits(expected, data[name]):
                     raise ValueError(f"{name} cannot be {data[name]!r:.60}")
-            for name, known in (("task", TASKS), ("sampler", tuple(SAMPLERS))):
+            for name, known in (("task", TASKS), ("sampler", tuple(TRAITS))):
                 if data[name] not in known:
                     raise ValueError(f"{data[name]!r:.60} is no {name}; there are {', '.join(known)}")
             lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
