@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdjax.cli.terminal import console
+from sdjax.cli.terminal import console, note
 from sdjax.config import ModelConfig
 from sdjax.request import Request
 
@@ -88,8 +88,26 @@ def load_model(
         return load(named.pop("model") or None, **hooks, **named, **folders_of(options), **conversion)
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs on disk, if there is a place for them."""
+    from sdjax.devices import compilation
+    from sdjax.storage.cache import programs_folder
+    from sdjax.storage.files import refuse_unwritable
+
+    try:
+        folder = programs_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_unwritable(folder)
+        compilation.keep_programs(folder)
+    except OSError as failure:
+        note(f"compiled programs are not kept: {' '.join(str(failure).split())}")
+
+
 def placement_of(options: argparse.Namespace, pictures: int | None = None) -> Any:
     """The devices that were asked for: all of the machine, but no more than there are pictures.
+
+    From here on compiled programs are kept, unless the options say otherwise: what is asked for has been checked, and
+    JAX is needed now.
 
     Several devices of a CPU are one CPU; of these only as many are used as were asked for.
     """
@@ -97,6 +115,8 @@ def placement_of(options: argparse.Namespace, pictures: int | None = None) -> An
 
     from sdjax.devices.placement import placement_on
 
+    if not options.no_compile_cache:
+        keep_programs()
     there = jax.local_devices()
     if options.devices is not None and not 1 <= options.devices <= len(there):
         raise ValueError(f"devices must be between 1 and the {len(there)} of this machine, found {options.devices}")

@@ -82,6 +82,9 @@ def _add_settings(command: argparse.ArgumentParser, part: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """One training, from the options to the finished model."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
+
     import jax
 
     from sdjax.load import identity
@@ -91,8 +94,6 @@ def run(options: argparse.Namespace) -> int:
     from sdjax.train.tasks.unet import unet_task
     from sdjax.train.tasks.vae import vae_task
 
-    names = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
     part, out, conversion = options.part, Path(options.out), conversion_of(options, ema=False)
     _check_start(options, conversion)
     with _bars() as bars:
