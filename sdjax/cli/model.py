@@ -13,6 +13,7 @@ from sdjax.config import ModelConfig
 from sdjax.request import Request
 
 if TYPE_CHECKING:
+    from sdjax.text.tokenizer import Tokenizer
     from sdjax.types import Params
 
 
@@ -74,14 +75,14 @@ def load_model(
     conversion = conversion_of(options) if conversion is None else conversion
     with compile_in_background() as start:
 
-        def on_shapes(config: ModelConfig, shapes: Params) -> None:
+        def on_shapes(config: ModelConfig, shapes: Params, tokenizer: Tokenizer) -> None:
             if like is None or named["placement"].parallel == "pmap":
                 return
             if like.loras or "<lora:" in str(like.prompt):
                 return  # its programs are others, for adapters that are not read yet
             with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
                 options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes)
-                programs = programs_for(like, config, batch_size, **options)
+                programs = programs_for(like, config, batch_size, tokenizer=tokenizer, **options)
                 start(programs.values())
 
         hooks: dict[str, Any] = dict(progress=on_convert, on_config=on_config, on_shapes=on_shapes)
