@@ -28,6 +28,9 @@ MOST_LAYERS = 512
 MOST_BLOCKS = 16
 """Residual blocks of a level."""
 
+LARGEST_SIDE = 16383
+"""Pixels along a side of a picture; the most that WebP can hold."""
+
 Activation = Literal["silu", "gelu", "mish", "relu"]
 
 Padding = Literal["zeros", "wrap"]

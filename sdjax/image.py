@@ -13,19 +13,20 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from sdjax.types import Array
+from sdjax.config import LARGEST_SIDE
+
+if TYPE_CHECKING:
+    from sdjax.types import Array
 
 MAX_PIXELS = 1024 * 1024
 """Working size of a photograph when none was asked for: larger ones are worked on at this area."""
 
-AnyArray = TypeVar("AnyArray", np.ndarray, Array)
+AnyArray = TypeVar("AnyArray", np.ndarray, "Array")
 ImageLike = str | Path | Image.Image
 
 
@@ -41,9 +42,6 @@ UPRIGHT = {
 """What sets a picture upright, by its EXIF orientation (EXIF 2.3, section 4.6.4)."""
 
 ORIENTATION = 0x0112
-
-LARGEST_SIDE = 16383
-"""Pixels; the most that a WebP picture can have."""
 
 
 def open_image(source: ImageLike) -> Image.Image:
@@ -347,6 +345,8 @@ def from_uint8(pixels: AnyArray) -> AnyArray:
 
 def to_uint8(images: Array) -> Array:
     """f[b, H, W, 3] in [-1, 1] -> u8[b, H, W, 3], clipped and rounded; traceable, so it runs on the device."""
+    import jax.numpy as jnp
+
     images = images.astype(jnp.float32)
     return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
@@ -477,4 +477,6 @@ def _grown_side(start: int, stop: int, length: int, most: int) -> tuple[int, int
 
 def to_images(pixels: Array) -> list[Image.Image]:
     """u8[b, H, W, 3] on any device -> PIL pictures, in one transfer."""
+    import jax
+
     return [Image.fromarray(picture) for picture in np.asarray(jax.device_get(pixels))]

@@ -68,7 +68,7 @@ def load(
     embeddings: str | Path | Sequence[str | Path] = (),
     progress: Progress | None = None,
     on_config: Callable[[ModelConfig], None] | None = None,
-    on_shapes: Callable[[ModelConfig, Params], None] | None = None,
+    on_shapes: Callable[[ModelConfig, Params, Tokenizer], None] | None = None,
     **conversion: Any,
 ) -> Pipeline:
     """A `Pipeline` for a model.
@@ -84,8 +84,8 @@ def load(
     progress: called with (bytes done, bytes in all) while converting.
     on_config: called with the configuration as soon as it is known, before anything large is read or written; what it
     raises ends the loading.
-    on_shapes: called with the configuration and the parameters' shapes before they are restored, so that programs can
-    be compiled meanwhile (`sdjax.devices.compilation`).
+    on_shapes: called with the configuration, the parameters' shapes and the tokenizer before the parameters are
+    restored, so that programs can be compiled meanwhile (`sdjax.devices.compilation`).
     conversion: for foreign files, as in `convert.read`: vae, text_encoder (files for parts to take from elsewhere),
     ema, prediction, config (a preset's name, a path or a `ModelConfig`), ignore.
 
@@ -156,7 +156,8 @@ def _opened(
             f"{folder}: the tokenizer has tokens up to {last} and the model {vocabulary}; "
             "use the tokenizer that belongs to the model"
         )
-    config, params = checkpoint.restore(folder, dtype=dtype, sharding=placement.sharding, on_shapes=on_shapes)
+    told = None if on_shapes is None else lambda config, shapes: on_shapes(config, shapes, tokenizer)
+    config, params = checkpoint.restore(folder, dtype=dtype, sharding=placement.sharding, on_shapes=told)
     return config, params, tokenizer
 
 

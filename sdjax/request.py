@@ -10,32 +10,43 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from numbers import Integral, Rational, Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
+from sdjax.config import LARGEST_SIDE, ModelConfig, SamplingConfig
+from sdjax.diffusion.names import (
+    ALL_SPACINGS,
+    CHURN,
+    NOISES,
+    RHO,
+    SAMPLER_NAMES,
+    SPACING_NAMES,
+    TRAITS,
+    UPSCALER_NAMES,
+    UPSCALERS,
+    nearest_sampler,
+    nearest_spacing,
+    sampler_of,
+    spacing_of,
+    upscaler_of,
+)
+from sdjax.text.syntax import WEIGHTINGS
 
-from sdjax.config import ModelConfig, SamplingConfig
-from sdjax.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, nearest_sampler, nearest_spacing, sampler_of, spacing_of
-from sdjax.diffusion.noise import SOURCES
-from sdjax.diffusion.plan import Plan, make_plan
-from sdjax.diffusion.samplers import CHURN, SAMPLERS
-from sdjax.diffusion.spacings import RHO, SPACINGS
-from sdjax.diffusion.upscale import UPSCALER_NAMES, UPSCALERS, upscaler_of
-from sdjax.image import LARGEST_SIDE, ImageLike, Sides, working_size
-from sdjax.text import prompt as prompts
-from sdjax.text.prompt import WEIGHTINGS
-from sdjax.types import Array
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sdjax.diffusion.plan import Plan
+    from sdjax.image import ImageLike, Sides
+    from sdjax.types import Array
 
 BATCH = 8
 """Pictures made at once on each device; longer requests are worked through in batches of this size."""
-
-NOISES = tuple(SOURCES)
-"""Where a seed's noise may come from."""
 
 STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 """How much of a picture is changed when nothing is said."""
@@ -46,7 +57,9 @@ HIRES_STRENGTH = 0.7
 CFG_PP_GUIDANCE = 0.6
 """Of samplers with CFG++ when nothing is said: theirs is of another scale, about a twelfth of the usual one."""
 
-LARGEST_NUMBER = float(np.finfo(np.float32).max)
+LARGEST_NUMBER = (2 - 2**-23) * 2.0**127
+"""The largest that float32 can hold."""
+
 SEEDS = 2**32
 
 TASKS = ("txt2img", "img2img", "inpaint")
@@ -66,14 +79,14 @@ SOFT_MASKS = ("blend", "differential")
 
 def is_int(value: Any, low: int | None = None, high: int | None = None) -> bool:
     """Whether a value is a whole number within bounds; True and False are none."""
-    number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    number = isinstance(value, Integral) and not isinstance(value, bool)
     return number and (low is None or value >= low) and (high is None or value <= high)
 
 
-def is_real(value: Any, low: float = -np.inf, high: float = np.inf) -> bool:
+def is_real(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     """Whether a value is a number within bounds that float32 can hold."""
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and low <= value <= high and abs(value) <= LARGEST_NUMBER
+    floating = isinstance(value, Real) and not isinstance(value, Rational)
+    return (floating or is_int(value)) and low <= value <= high and abs(value) <= LARGEST_NUMBER
 
 
 def is_storable(text: str) -> bool:
@@ -143,15 +156,15 @@ class Setting(NamedTuple):
 
 A_SAMPLER: dict[str, Any] = dict(
     kind="text",
-    expected=f"one of {', '.join(SAMPLERS)}",
-    accepts=lambda value: isinstance(value, str) and value in SAMPLERS,
+    expected=f"one of {', '.join(TRAITS)}",
+    accepts=lambda value: isinstance(value, str) and value in TRAITS,
     shown=lambda value: SAMPLER_NAMES.get(value, value),
     nearest=nearest_sampler,
 )
 A_SPACING: dict[str, Any] = dict(
     kind="text",
-    expected=f"one of {', '.join(SPACINGS)}",
-    accepts=lambda value: isinstance(value, str) and value in SPACINGS,
+    expected=f"one of {', '.join(ALL_SPACINGS)}",
+    accepts=lambda value: isinstance(value, str) and value in ALL_SPACINGS,
     shown=lambda value: SPACING_NAMES.get(value, value),
     nearest=nearest_spacing,
 )
@@ -358,7 +371,7 @@ class Request:
     sampler: str | None = setting(
         None,
         **A_SAMPLER,
-        help=", ".join(SAMPLERS),
+        help=", ".join(TRAITS),
         usual="dpmpp_2m, or as the model says",
         metavar="S",
         aliases=("sampler_name",),
@@ -369,7 +382,7 @@ class Request:
     spacing: str | None = setting(
         None,
         **A_SPACING,
-        help=", ".join(SPACINGS),
+        help=", ".join(ALL_SPACINGS),
         usual="karras, or as the model says",
         metavar="K",
         similar=("schedule", "schedule_type", "noise_schedule", "sigmas"),
@@ -820,11 +833,11 @@ def _check_hires(values: Mapping[str, Any], given: Sequence[str]) -> None:
 
 def _check_sampler(values: Mapping[str, Any], given: Sequence[str]) -> None:
     """Raises ValueError where a setting is given that the sampler or the spacing does not have."""
-    sampler, spacing = SAMPLERS.get(values.get("sampler") or ""), values.get("spacing")
+    sampler, spacing = TRAITS.get(values.get("sampler") or ""), values.get("spacing")
     if sampler is not None:
         for name in ("eta", *CHURN):
             if name in given and name not in sampler.options:
-                owners = ", ".join(each for each, one in SAMPLERS.items() if name in one.options)
+                owners = ", ".join(each for each, one in TRAITS.items() if name in one.options)
                 need(False, name, f"left out for {values['sampler']} (it belongs to {owners})", values[name])
         good = "s_noise" not in given or sampler.adds_noise
         need(good, "s_noise", f"left out for {values['sampler']}, which adds no noise", values.get("s_noise"))
@@ -855,6 +868,8 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
     Raises:
         TypeError: not a `Request`. ValueError: a setting is out of range, of the wrong kind, or not for this model.
     """
+    from sdjax.text import prompt as prompts
+
     if not isinstance(request, Request):
         raise TypeError(f"expected a sdjax.Request, found {type(request).__name__}; write Request(prompt, seed=1, ...)")
     resolved = with_defaults(request, config.sampling)
@@ -893,6 +908,8 @@ def check_request(request: Request, config: ModelConfig, name: str) -> Request:
 
 def _check_travel(request: Request, config: ModelConfig) -> None:
     """Raises ValueError unless there is something between a request's prompt and the one that it goes to."""
+    from sdjax.text import prompt as prompts
+
     if not request.to_prompt:
         need(request.travel == 0, "travel", "0 without a to_prompt to go to", request.travel)
         return
@@ -917,7 +934,7 @@ def with_defaults(request: Request, defaults: SamplingConfig) -> Request:
     """The request with every default in its place. defaults: the model's own."""
     missing = ("steps", "guidance", "sampler", "spacing")
     found = {name: getattr(defaults, name) for name in missing if getattr(request, name) is None}
-    chosen = SAMPLERS.get(request.sampler) if isinstance(request.sampler, str) else None
+    chosen = TRAITS.get(request.sampler) if isinstance(request.sampler, str) else None
     if "guidance" in found and chosen is not None and chosen.cfg_pp:
         found["guidance"] = CFG_PP_GUIDANCE
     if request.strength is None:
@@ -940,6 +957,8 @@ def second_pass(resolved: Request, config: ModelConfig) -> SecondPass | None:
     Raises:
         ValueError: the size is none that a picture can have, or smaller than that of the first pass.
     """
+    from sdjax.image import working_size
+
     if resolved.hires_scale is None and resolved.hires_size is None:
         return None
     first, cell = size_of(resolved, config, None), config.vae.downscale
@@ -956,7 +975,7 @@ def second_pass(resolved: Request, config: ModelConfig) -> SecondPass | None:
     strength = HIRES_STRENGTH if resolved.hires_strength is None else resolved.hires_strength
     steps = min(resolved.hires_steps or resolved.steps or 1, config.schedule.steps)
     sampler, spacing = resolved.hires_sampler or resolved.sampler, resolved.hires_spacing or resolved.spacing
-    chosen, was = SAMPLERS[sampler or ""], SAMPLERS[resolved.sampler or ""]
+    chosen, was = TRAITS[sampler or ""], TRAITS[resolved.sampler or ""]
     guidance = resolved.hires_guidance
     if guidance is None and chosen.cfg_pp == was.cfg_pp:
         guidance = resolved.guidance
@@ -985,6 +1004,8 @@ def second_pass(resolved: Request, config: ModelConfig) -> SecondPass | None:
 
 def plan(request: Request, config: ModelConfig, last: int | None = None) -> Plan:
     """The sampler's rows for one picture's settings, read-only. last: how many steps run (`make_plan`)."""
+    from sdjax.diffusion.plan import make_plan
+
     resolved = with_defaults(request, config.sampling)
     values = {name: getattr(resolved, name) for name, known in settings().items() if known.in_plan}
     return make_plan(
@@ -1010,6 +1031,8 @@ def parse_sides(text: Any) -> Sides:
     Raises:
         ValueError: it is something else.
     """
+    from sdjax.image import Sides
+
     found: dict[str, int] = {}
     if text is None:
         return Sides()
@@ -1031,6 +1054,8 @@ def size_of(request: Request, config: ModelConfig, given: tuple[int, int] | None
         ValueError: not a multiple of the latent cell, or one side of a picture's alone. Of a tiled picture: not a
         multiple of the UNet's coarsest cell, where the wrapped borders would not meet.
     """
+    from sdjax.image import working_size
+
     sides = request.width, request.height
     multiple = config.vae.downscale
     if request.tiling:
@@ -1076,6 +1101,8 @@ def requests_for(
     Raises:
         ValueError, TypeError: a setting that all share is not usable.
     """
+    import numpy as np
+
     texts: Any = [prompts] if _is_prompt(prompts) else prompts
     good = isinstance(texts, Sequence) and len(texts) > 0 and all(map(_is_prompt, texts))
     need(good, "prompt", "a string, or a list of at least one string", prompts)

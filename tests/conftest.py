@@ -59,7 +59,7 @@ def pytest_unconfigure() -> None:
 def no_compile_cache() -> Iterator[None]:
     """Tests that run the command line in their own process must not fill the user's cache, nor profit from it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdjax.cli.run.keep_programs", lambda: None)
+        patch.setattr("sdjax.cli.model.keep_programs", lambda: None)
         yield
 
 

@@ -22,8 +22,11 @@ from sdjax.config import (
     UNetConfig,
     VAEConfig,
 )
-from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion import names
+from sdjax.diffusion.noise import SOURCES
+from sdjax.diffusion.samplers import SAMPLERS, TABLES
 from sdjax.diffusion.spacings import SPACINGS
+from sdjax.diffusion.upscale import LATENT_UPSCALERS, PICTURE_UPSCALERS
 
 VARIATION = dataclasses.replace(
     TINY,
@@ -84,8 +87,13 @@ def test_presets_are_listed_under_their_own_names():
 
 
 def test_the_names_that_a_configuration_takes_are_those_that_sampling_knows():
-    assert set(typing.get_args(SamplerName)) == set(SAMPLERS)
-    assert set(typing.get_args(Spacing)) == set(SPACINGS)
+    assert list(typing.get_args(SamplerName)) == list(names.TRAITS) == list(SAMPLERS) == list(TABLES)
+    assert list(typing.get_args(Spacing)) == list(names.ALL_SPACINGS) == list(SPACINGS)
+
+
+def test_names_that_are_known_before_anything_is_loaded_are_those_of_what_there_is():
+    assert list(names.UPSCALERS) == [*LATENT_UPSCALERS, *PICTURE_UPSCALERS]
+    assert list(names.NOISES) == list(SOURCES)
 
 
 def test_a_configuration_cannot_be_changed_in_place():

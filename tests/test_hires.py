@@ -13,16 +13,8 @@ from PIL import Image
 from sdjax import Request
 from sdjax.cli.job import check_of
 from sdjax.config import TINY, UNetConfig
-from sdjax.diffusion.upscale import (
-    LATENT_UPSCALERS,
-    PICTURE_UPSCALERS,
-    UPSCALER_NAMES,
-    UPSCALERS,
-    covering,
-    upscaled_latents,
-    upscaled_picture,
-    upscaler_of,
-)
+from sdjax.diffusion.names import UPSCALER_NAMES, UPSCALERS, upscaler_of
+from sdjax.diffusion.upscale import LATENT_UPSCALERS, PICTURE_UPSCALERS, covering, upscaled_latents, upscaled_picture
 from sdjax.jobs.job_file import read_lines
 from sdjax.load import library_of
 from sdjax.models.params import random_params

@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import sdjax
+from sdjax.config import BOX
+from sdjax.pipeline.recipe import recipe_of, save_picture
+from sdjax.request import Request
 
 ROOT = Path(__file__).parent.parent
 ROWS = [  # a folder, or a file at the top, imports from rows above its own in this list, and from itself
@@ -30,6 +34,8 @@ ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 CONVERT_MAY_USE = {"sdjax.config", "sdjax.types", "sdjax.models", "sdjax.storage", "sdjax.text", "sdjax.hints"}
 CONVERT_USERS = {"sdjax.pipeline", "sdjax.load", "sdjax.cli"}
 ORACLES = ("torch", "transformers", "diffusers")
+LARGE = {"jax", "jaxlib", "numpy", "flax", "PIL", "scipy", "rich", "tokenizers", "ftfy", "safetensors"}
+UNUSED = {"optax", "orbax", "tensorstore", "scipy", "torch", "transformers", "huggingface_hub"}
 
 
 def name_of(path: Path) -> str:
@@ -122,6 +128,65 @@ def test_importing_the_package_brings_in_no_pytorch():
     assert run.returncode == 0, run.stderr
     assert "sdjax.pipeline.pipeline" in run.stdout.split()
     assert not {name.split(".")[0] for name in run.stdout.split()} & set(ORACLES)
+
+
+def imported_by(*words: str, status: int, folder: Path) -> set[str]:
+    """The packages that a process of the command line has imported when it ends with this exit status."""
+    program = (
+        "import atexit, sys; from sdjax.cli import script; "
+        "atexit.register(lambda: print('imported', *{name.split('.')[0] for name in sys.modules})); "
+        "sys.exit(script())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SDJAX_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-c", program, *words]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert run.returncode == status, run.stderr
+    return set(run.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["txt2img", "--help"], ["train", "unet", "--help"]], ids=" ".join)
+def test_help_imports_nothing_large(words, tmp_path):
+    assert not imported_by(*words, status=0, folder=tmp_path) & LARGE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["txt2img", "red heart", "--nonsense"], ["txt2img", "red heart", "--steps", "many"], ["batch", "jobs.csv"]],
+    ids=" ".join,
+)
+def test_wrong_options_are_refused_before_anything_large_is_imported(words, tmp_path):
+    assert not imported_by(*words, status=2, folder=tmp_path) & LARGE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["txt2img"],
+        ["txt2img", "red heart", "--steps", "0"],
+        ["txt2img", "red heart", "--sampler", "euler", "--eta", "1"],
+        ["img2img", "red heart", "missing.png"],
+        ["batch", "missing.csv", "-o", "out"],
+        ["grid", "red heart", "-o", "out", "--x", "seed=1", "--z", "steps=2"],
+        ["train", "unet", "--data", "d", "--out", "out", "--preset", "tiny", "--steps", "0"],
+    ],
+    ids=" ".join,
+)
+def test_what_was_asked_for_is_checked_before_jax_is_imported(words, tmp_path):
+    assert not imported_by(*words, status=2, folder=tmp_path) & {"jax", "flax", "tokenizers"}
+
+
+def test_the_recipe_of_a_picture_is_read_without_numpy_and_jax(tmp_path):
+    path = tmp_path / "picture.png"
+    picture = Image.new("RGB", (8, 8))
+    save_picture(path, picture, recipe_of(Request("red heart"), BOX.sampling, picture, model="", dtype="float32"))
+    assert not imported_by("info", str(path), status=0, folder=tmp_path) & {"jax", "flax", "numpy", "rich"}
+
+
+def test_the_model_in_the_box_is_loaded_without_what_trainings_and_other_formats_need(tmp_path):
+    (tmp_path / "jobs.txt").write_text("red heart\n")
+    found = imported_by("batch", "jobs.txt", "-o", "out", "--dry-run", status=0, folder=tmp_path)
+    assert {"jax", "flax", "safetensors"} <= found
+    assert not found & UNUSED
 
 
 def test_modules_under_their_earlier_names_still_give_what_was_in_them():

@@ -309,3 +309,10 @@ def test_public_names_are_there():
         assert getattr(sdjax, name) is not None
     assert sdjax.models.clip.TextEncoder is not None
     assert find(".") == Path(".")
+
+
+def test_whoever_compiles_while_parameters_are_read_is_given_the_models_own_tokenizer():
+    given = []
+    pipe = load(on_shapes=lambda config, shapes, tokenizer: given.append((config, tokenizer)))
+    assert given == [(pipe.config, pipe.tokenizer)]
+    assert pipe.tokenizer.vocab_size < clip_tokenizer().vocab_size

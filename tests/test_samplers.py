@@ -1,4 +1,4 @@
-"""One conformance suite for every sampler. Adding a sampler is a row in `SAMPLERS` and a row in `ORDERS`.
+"""One conformance suite for every sampler. Adding a sampler is a row in `TRAITS`, in `TABLES` and in `ORDERS`.
 
 Gaussian data N(0, S^2) has the denoiser D(x, sigma) = S^2 / (S^2 + sigma^2) x, and the exact flow keeps
 x / sqrt(S^2 + sigma^2) constant. Every sampler is linear in its start and its noises here, so the variance of its

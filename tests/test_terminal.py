@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sdjax import cli
 from sdjax.cli import terminal
-from sdjax.cli.run import keep_programs
+from sdjax.cli.model import keep_programs
 from sdjax.cli.terminal import Steady, explained, steady_streams
 from tests.children import interruptible
 

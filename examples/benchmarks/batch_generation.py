@@ -161,7 +161,7 @@ def recompiles(pipe: Pipeline, options: argparse.Namespace) -> None:
                 seed=draw.randrange(2**32 - 2),
                 steps=draw.randint(1, 12),
                 sampler=draw.choice(list(SAMPLERS)),
-                spacing=draw.choice(SPACINGS),
+                spacing=draw.choice(list(SPACINGS)),
                 guidance=draw.choice([1.0, draw.uniform(0, 12)]),
                 guidance_rescale=draw.choice([0.0, draw.random()]),
                 weighting=draw.choice(["a1111", "a1111", "comfy", "compel"]),

@@ -38,9 +38,10 @@ from PIL import Image
 import sdjax
 from sdjax.cli.run import run as command_line
 from sdjax.devices.compilation import compilations
-from sdjax.diffusion.samplers import CHURN, SAMPLERS
+from sdjax.diffusion.names import CHURN, UPSCALERS
+from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion.spacings import SPACINGS
-from sdjax.diffusion.upscale import UPSCALERS, upscaled_picture
+from sdjax.diffusion.upscale import upscaled_picture
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.recipe import recipe_of, save_picture
 from sdjax.request import Request

@@ -3,7 +3,9 @@
 Options left out take the values of the recipe given by --recipe, else the defaults of `Pipeline`. Whatever goes wrong
 with what the user gave is one line on the error stream and exit status 2; pictures made before that are kept.
 
-This module imports nothing large: Ctrl-C is one line, too, while the libraries load.
+Nothing large is imported before it is needed: Ctrl-C is one line, too, while the libraries load, and help and wrong
+options need none of them. So the commands' modules import JAX, rich and the like inside functions, behind the checks of
+what was asked for.
 """
 
 from __future__ import annotations

@@ -19,12 +19,13 @@ KINDS = (".jsonl", ".csv", ".tsv", ".txt")
 
 def batch(options: argparse.Namespace) -> int:
     """A job file in, pictures out; exit status 1 if some could not be made."""
+    check_positive(batch=options.batch)
+    kind = _kind_of(options.jobs)
+
     from sdjax.jobs import run as jobs
     from sdjax.jobs.processes import ALONE, initialize
     from sdjax.load import configuration, library_of
 
-    check_positive(batch=options.batch)
-    kind = _kind_of(options.jobs)
     jobs.check_output(Path(options.output), None if options.jobs == "-" else Path(options.jobs))
     config = configuration(options.model or None, **conversion_of(options))
     named = (options.coordinator, options.num_processes, options.process_id)

@@ -46,12 +46,9 @@ NAME_BYTES = 120
 
 def generate(options: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
-    from sdjax.load import library_of
-    from sdjax.pipeline.adapters import tags_of
-    from sdjax.pipeline.pixels import pixels_of
     from sdjax.pipeline.recipe import file_hash, recipe_of, save_picture
 
-    # What is asked for
+    # What is asked for, as far as that can be checked before JAX is imported
     asked, count = _asked(options), options.count
     if count < 1:
         raise ValueError(f"count must be 1 or more, found {count}")
@@ -68,6 +65,14 @@ def generate(options: argparse.Namespace) -> int:
     for name in RANDOM:
         if values[name] == -1:
             values[name] = random_seed(count)
+    check_values(values, options.request)
+    check_seeds(values, count)
+
+    # The adapters, and where the pictures go
+    from sdjax.load import library_of
+    from sdjax.pipeline.adapters import tags_of
+    from sdjax.pipeline.pixels import pixels_of
+
     library = dataclasses.replace(library_of(options.lora_dir), files=asked.adapters)
     if asked.foreign is not None:
         for name in FOREIGN_PROMPTS:
@@ -75,8 +80,6 @@ def generate(options: argparse.Namespace) -> int:
                 values[name] = _without_missing(values[name], library)
         if values["loras"] == asked.foreign.settings.get("loras"):
             values["loras"] = tuple(text for text in values["loras"] if _is_there(text, library))
-    check_values(values, options.request)
-    check_seeds(values, count)
     first = options.request(**values)
     requests = [numbered(first, j) for j in range(count)]
     output = Output(options.output, first.prompt, [seeds_of(request) for request in requests])
@@ -260,10 +263,10 @@ def _foreign(options: argparse.Namespace) -> Foreign | None:
 
 def _tell_other_model(foreign: Foreign | None, model: str) -> None:
     """A note if the model at hand is not the one that another tool's recipe names, or if that cannot be said."""
-    from sdjax.pipeline.foreign import is_model, told
-
     if foreign is None or not (foreign.model or foreign.model_hash):
         return
+    from sdjax.pipeline.foreign import is_model, told
+
     same = is_model(foreign, Path(model).expanduser()) if model else False
     if same is None:
         note(f"the recipe was made with {told(foreign)}; whether {model} is the same cannot be said")

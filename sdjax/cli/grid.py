@@ -7,31 +7,33 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from sdjax.cli.job import check_of, do_job, line_settings
 from sdjax.cli.model import conversion_of
 from sdjax.cli.terminal import note
 from sdjax.request import check_positive
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 SHEET = "grid.png"
 
 
 def grid(options: argparse.Namespace) -> int:
     """The pictures of a grid, and its sheet; exit status 1 if some could not be made."""
+    # What is asked for
+    check_positive(batch=options.batch)
+    texts = [text for text in (options.x, options.y, options.z) if text is not None]
+    if options.z is not None and options.y is None:
+        raise ValueError("a grid with z needs y, too; y are its rows, z further blocks of them")
+
     from sdjax.jobs import grid as grids
     from sdjax.jobs import run as jobs
     from sdjax.jobs.processes import ALONE
     from sdjax.jobs.sheet import draw, layout_of, refuse_other, save_sheet
     from sdjax.load import configuration, library_of
 
-    # What is asked for
-    check_positive(batch=options.batch)
-    texts = [text for text in (options.x, options.y, options.z) if text is not None]
-    if options.z is not None and options.y is None:
-        raise ValueError("a grid with z needs y, too; y are its rows, z further blocks of them")
     asked = [grids.written(text, options.request) for text in texts]
     out, kind = Path(options.output), options.request
     jobs.check_output(out, None)
@@ -85,5 +87,7 @@ def grid(options: argparse.Namespace) -> int:
 
 
 def _opened(path: Path) -> Image.Image:
+    from PIL import Image
+
     with Image.open(path) as image:
         return image.convert("RGB")

@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from sdjax.cli.model import conversion_of, folders_of, load_model, placement_of, progress_bars
 from sdjax.cli.signals import begin_work
 from sdjax.cli.terminal import console, error, note
@@ -64,6 +62,8 @@ def do_job(
     share: of several processes.
     on_ready: called when the lines are checked. on_done: called when the pictures are made, in the locked folder.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from sdjax.jobs import run as jobs
     from sdjax.load import identity
 
@@ -92,7 +92,7 @@ def do_job(
             print(jobs.described(pipe, out, options.batch, share, options.request), end="")
             return 0
         columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        with Progress(*columns, TimeRemainingColumn(), console=console(), disable=not console().is_terminal) as bars:
             bar, clock, first = bars.add_task("", rate="", total=None), time.monotonic(), None
 
             def progress(done: int, total: int) -> None:

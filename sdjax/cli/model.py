@@ -6,14 +6,15 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from sdjax.cli.terminal import console
+from sdjax.cli.terminal import console, note
 from sdjax.config import ModelConfig
 from sdjax.request import Request
-from sdjax.types import Params
+
+if TYPE_CHECKING:
+    from sdjax.text.tokenizer import Tokenizer
+    from sdjax.types import Params
 
 
 def add_conversion(command: argparse.ArgumentParser, *, ema: bool = True) -> None:
@@ -74,22 +75,40 @@ def load_model(
     conversion = conversion_of(options) if conversion is None else conversion
     with compile_in_background() as start:
 
-        def on_shapes(config: ModelConfig, shapes: Params) -> None:
+        def on_shapes(config: ModelConfig, shapes: Params, tokenizer: Tokenizer) -> None:
             if like is None or named["placement"].parallel == "pmap":
                 return
             if like.loras or "<lora:" in str(like.prompt):
                 return  # its programs are others, for adapters that are not read yet
             with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
                 options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes)
-                programs = programs_for(like, config, batch_size, **options)
+                programs = programs_for(like, config, batch_size, tokenizer=tokenizer, **options)
                 start(programs.values())
 
         hooks: dict[str, Any] = dict(progress=on_convert, on_config=on_config, on_shapes=on_shapes)
         return load(named.pop("model") or None, **hooks, **named, **folders_of(options), **conversion)
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs on disk, if there is a place for them."""
+    from sdjax.devices import compilation
+    from sdjax.storage.cache import programs_folder
+    from sdjax.storage.files import refuse_unwritable
+
+    try:
+        folder = programs_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_unwritable(folder)
+        compilation.keep_programs(folder)
+    except OSError as failure:
+        note(f"compiled programs are not kept: {' '.join(str(failure).split())}")
+
+
 def placement_of(options: argparse.Namespace, pictures: int | None = None) -> Any:
     """The devices that were asked for: all of the machine, but no more than there are pictures.
+
+    From here on compiled programs are kept, unless the options say otherwise: what is asked for has been checked, and
+    JAX is needed now.
 
     Several devices of a CPU are one CPU; of these only as many are used as were asked for.
     """
@@ -97,6 +116,8 @@ def placement_of(options: argparse.Namespace, pictures: int | None = None) -> An
 
     from sdjax.devices.placement import placement_on
 
+    if not options.no_compile_cache:
+        keep_programs()
     there = jax.local_devices()
     if options.devices is not None and not 1 <= options.devices <= len(there):
         raise ValueError(f"devices must be between 1 and the {len(there)} of this machine, found {options.devices}")
@@ -114,8 +135,10 @@ def placement_of(options: argparse.Namespace, pictures: int | None = None) -> An
 @contextmanager
 def progress_bars(model: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], Callable[..., None]]]]:
     """Bars on the error stream: one while a file is converted, one for each batch of pictures."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bars:
         conversion: list[Any] = []
 
         def on_convert(done: int, total: int) -> None:

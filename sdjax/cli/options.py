@@ -8,7 +8,6 @@ from typing import Any
 from sdjax.cli import batch, generate, grid, info, warmup
 from sdjax.cli import train as train_command
 from sdjax.cli.model import add_conversion, add_folders
-from sdjax.cli.terminal import console
 from sdjax.request import NOISES, STRENGTHS, TASKS, Request, Setting, settings
 
 KINDS = {"text": str, "int": int, "float": float, "fractions": float}
@@ -30,7 +29,7 @@ def parser(request: type[Request] = Request) -> argparse.ArgumentParser:
         _add_settings(command, task, request)
     _add_batch(commands, request)
     _add_grid(commands, request)
-    train_command.add_parser(commands, console)
+    train_command.add_parser(commands)
     _add_warmup(commands)
     _add_info(commands)
     _add_selftest(commands)

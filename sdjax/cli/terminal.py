@@ -8,11 +8,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
-
-from rich.console import Console
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from sdjax.hints import hint
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Steady:
@@ -52,16 +54,20 @@ class Steady:
         return getattr(self.stream, name)
 
 
-console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-"""The error stream: notes, errors, progress."""
+@lru_cache(maxsize=1)
+def console() -> Console:
+    """The error stream: notes, errors, progress."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def note(text: str) -> None:
-    console.print(f"sdjax: note: {text}", markup=False)
+    console().print(f"sdjax: note: {text}", markup=False)
 
 
 def error(text: str) -> None:
-    console.print(f"sdjax: error: {' '.join(text.split())}", markup=False)
+    console().print(f"sdjax: error: {' '.join(text.split())}", markup=False)
 
 
 @contextmanager

@@ -6,17 +6,18 @@ import argparse
 import dataclasses
 import typing
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from sdjax.cli.model import add_conversion, conversion_of
 from sdjax.cli.signals import begin_work
+from sdjax.cli.terminal import console, note
 from sdjax.config import BOX_VISION, PRESETS, CLIPVisionConfig
 from sdjax.hints import hint
 from sdjax.storage.files import json_line, new_file
 from sdjax.train.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PARTS = {
     "vae": "the autoencoder, by the evidence lower bound; needs pictures",
@@ -41,8 +42,8 @@ ONLY = {  # settings that are not for every part
 }
 
 
-def add_parser(commands: Any, console: Console) -> None:
-    """Adds `train` and its three parts to the command line; notes and progress go to `console`."""
+def add_parser(commands: Any) -> None:
+    """Adds `train` and its three parts to the command line."""
     train = commands.add_parser("train", help="train a part of a model", description="Train a part of a model.")
     parts = train.add_subparsers(required=True, metavar="vae|clip|unet")
     for part, text in PARTS.items():
@@ -59,7 +60,7 @@ def add_parser(commands: Any, console: Console) -> None:
             add("--vision", choices=sorted(VISION), default="vit-l-14", help="the image encoder (vit-l-14)")
         _add_settings(command, part)
         add_conversion(command, ema=False)
-        command.set_defaults(run=lambda options: run(options, console), part=part)
+        command.set_defaults(run=run, part=part)
 
 
 def _add_settings(command: argparse.ArgumentParser, part: str) -> None:
@@ -79,8 +80,11 @@ def _add_settings(command: argparse.ArgumentParser, part: str) -> None:
             command.add_argument(flag, type=kind, default=field.default, metavar="X", help=f"({shown})")
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
+def run(options: argparse.Namespace) -> int:
     """One training, from the options to the finished model."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
+
     import jax
 
     from sdjax.load import identity
@@ -90,11 +94,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from sdjax.train.tasks.unet import unet_task
     from sdjax.train.tasks.vae import vae_task
 
-    names = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: value for name, value in vars(options).items() if name in names})
     part, out, conversion = options.part, Path(options.out), conversion_of(options, ema=False)
     _check_start(options, conversion)
-    with _bars(console) as bars:
+    with _bars() as bars:
         looking = bars.add_task("looking at pictures")
         data = open_dataset(
             options.data,
@@ -103,8 +105,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             progress=lambda done, total: bars.update(looking, completed=done, total=total),
         )
     for line in _left_out(data, out):
-        console.print(f"sdjax: note: {line}", markup=False)
-    note = {
+        note(line)
+    said = {
         "part": part,
         "data": str(Path(options.data).resolve()),
         "examples": len(data),
@@ -113,10 +115,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "listing": data.listing,
     }
     if options.model is not None:
-        note |= {"conversion": conversion, "content": identity(options.model, **conversion)}
+        said |= {"conversion": conversion, "content": identity(options.model, **conversion)}
     jax.local_devices()
     begin_work()
-    claim(out, settings, note)
+    claim(out, settings, said)
     _write_skipped(data, out)
     model = _start(options, settings, conversion)
     cache = out / "cache"
@@ -127,21 +129,30 @@ def run(options: argparse.Namespace, console: Console) -> int:
     else:
         task = unet_task(model, data, settings, cache)
 
-    with _bars(console) as bars:
+    with _bars() as bars:
         bar = bars.add_task(f"training {part}", total=settings.steps)
 
         def progress(done: int, total: int, metrics: dict[str, float]) -> None:
             loss = f", loss {metrics['loss']:.4g}" if "loss" in metrics else ""
             bars.update(bar, completed=done, description=f"training {part}{loss}")
 
-        train(task, settings, out, note=note, progress=progress)
+        train(task, settings, out, note=said, progress=progress)
     print(out / "model")
     return 0
 
 
-def _bars(console: Console) -> Progress:
+def _bars() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    return Progress(*columns, TimeRemainingColumn(), console=console(), disable=not console().is_terminal)
 
 
 def _write_skipped(data: Any, out: Path) -> None:

@@ -43,44 +43,28 @@ of a sampler with more calls is an Euler step with one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sdjax.diffusion import tables
+from sdjax.diffusion.names import TRAITS, Traits
 from sdjax.diffusion.rows import Rows, padded, rows_at
 from sdjax.diffusion.schedule import NoiseSchedule
 from sdjax.types import NoiseLevel
 
-CHURN = ("s_churn", "s_tmin", "s_tmax")
-"""Settings of the samplers that can add noise before a step (Karras et al. 2022, algorithm 2)."""
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """What `SAMPLERS` lists.
+@dataclass(frozen=True, kw_only=True)
+class Sampler(Traits):
+    """What `SAMPLERS` lists: a sampler's traits and its table.
 
     table: sigma float64[s + 1], falling, the last may be 0, and options -> rows of float64 without timesteps; samplers
         with more calls per step have more rows than there are steps.
-    stochastic: whether it adds noise on the way, its options being as usual.
-    options: the settings of a request that its table takes.
-    of_schedule: whether its table takes the schedule's sigmas too.
-    cfg_pp: whether the guidance at a row is the one asked for over what the row gives to x0_hat (CFG++, Chung et al.
-        2024): x' = D + (sigma' / sigma) (x - D_u) is guidance of w / (1 - sigma' / sigma).
     """
 
     table: Callable[..., Rows]
-    stochastic: bool
-    options: tuple[str, ...] = ()
-    of_schedule: bool = False
-    cfg_pp: bool = False
-
-    @property
-    def adds_noise(self) -> bool:
-        """Whether it adds noise, or can be asked to."""
-        return self.stochastic or bool(self.options)
 
     def rows(
         self,
@@ -105,6 +89,46 @@ class Sampler:
         return rows if length is None else padded(rows, length, NoiseLevel(schedule.sigmas[0], 0.0))
 
 
+_EULER_A = partial(tables.euler_table, eta=1.0)
+
+TABLES: Mapping[str, Callable[..., Rows]] = {
+    "ddpm": _EULER_A,
+    "ddim": tables.euler_table,
+    "plms": tables.plms_table,
+    "euler": tables.euler_table,
+    "euler_a": _EULER_A,
+    "heun": tables.heun_table,
+    "dpm2": tables.dpm2_table,
+    "dpm2_a": partial(tables.dpm2_table, eta=1.0),
+    "lms": tables.lms_table,
+    "dpmpp_2m": tables.dpmpp_2m_table,
+    "dpmpp_2m_sde": tables.dpmpp_2m_sde_table,
+    "dpmpp_2m_sde_heun": partial(tables.dpmpp_2m_sde_table, heun=True),
+    "dpmpp_3m_sde": tables.dpmpp_3m_sde_table,
+    "dpmpp_2s_a": tables.dpmpp_2s_table,
+    "dpmpp_sde": tables.dpmpp_sde_table,
+    "unipc": tables.unipc_table,
+    "lcm": tables.lcm_table,
+    "tcd": tables.tcd_table,
+    "restart": tables.restart_table,
+    "deis": tables.deis_table,
+    "ipndm": tables.ipndm_table,
+    "ipndm_v": tables.ipndm_v_table,
+    "res_multistep": tables.res_multistep_table,
+    "res_multistep_a": partial(tables.res_multistep_table, eta=1.0),
+    "gradient_estimation": tables.gradient_estimation_table,
+    "er_sde": tables.er_sde_table,
+    "sa_solver": tables.sa_solver_table,
+    "seeds_2": tables.seeds_2_table,
+    "heunpp2": tables.heunpp2_table,
+    "euler_cfg_pp": tables.euler_table,
+    "euler_a_cfg_pp": _EULER_A,
+}
+"""The tables, by the sampler's name."""
+
+SAMPLERS: Mapping[str, Sampler] = {name: Sampler(**vars(traits), table=TABLES[name]) for name, traits in TRAITS.items()}
+
+
 def ddim(eta: float = 0.0) -> Sampler:
     """DDIM with the given eta in [0, 1]: 0 deterministic, 1 DDPM (Song et al. 2021, eq. 16).
 
@@ -113,49 +137,4 @@ def ddim(eta: float = 0.0) -> Sampler:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], found {eta!r}")
-    return Sampler(partial(tables.euler_table, eta=eta), stochastic=eta > 0, options=("eta",))
-
-
-def _plain(table: Callable[..., Rows], *options: str, **more: Any) -> Sampler:
-    return Sampler(table, stochastic=False, options=options, **more)
-
-
-def _noisy(table: Callable[..., Rows], *options: str, **more: Any) -> Sampler:
-    return Sampler(table, stochastic=True, options=options, **more)
-
-
-_EULER_A = partial(tables.euler_table, eta=1.0)
-
-SAMPLERS: Mapping[str, Sampler] = {
-    "ddpm": _noisy(_EULER_A),
-    "ddim": ddim(),
-    "plms": _plain(tables.plms_table),
-    "euler": _plain(tables.euler_table, *CHURN),
-    "euler_a": _noisy(_EULER_A, "eta"),
-    "heun": _plain(tables.heun_table, *CHURN),
-    "dpm2": _plain(tables.dpm2_table, *CHURN),
-    "dpm2_a": _noisy(partial(tables.dpm2_table, eta=1.0), "eta"),
-    "lms": _plain(tables.lms_table),
-    "dpmpp_2m": _plain(tables.dpmpp_2m_table),
-    "dpmpp_2m_sde": _noisy(tables.dpmpp_2m_sde_table, "eta"),
-    "dpmpp_2m_sde_heun": _noisy(partial(tables.dpmpp_2m_sde_table, heun=True), "eta"),
-    "dpmpp_3m_sde": _noisy(tables.dpmpp_3m_sde_table, "eta"),
-    "dpmpp_2s_a": _noisy(tables.dpmpp_2s_table, "eta"),
-    "dpmpp_sde": _noisy(tables.dpmpp_sde_table, "eta"),
-    "unipc": _plain(tables.unipc_table),
-    "lcm": _noisy(tables.lcm_table),
-    "tcd": _noisy(tables.tcd_table, "eta", of_schedule=True),
-    "restart": _noisy(tables.restart_table),
-    "deis": _plain(tables.deis_table),
-    "ipndm": _plain(tables.ipndm_table),
-    "ipndm_v": _plain(tables.ipndm_v_table),
-    "res_multistep": _plain(tables.res_multistep_table),
-    "res_multistep_a": _noisy(partial(tables.res_multistep_table, eta=1.0), "eta"),
-    "gradient_estimation": _plain(tables.gradient_estimation_table),
-    "er_sde": _noisy(tables.er_sde_table),
-    "sa_solver": _noisy(tables.sa_solver_table, "eta"),
-    "seeds_2": _noisy(tables.seeds_2_table, "eta"),
-    "heunpp2": _plain(tables.heunpp2_table),
-    "euler_cfg_pp": _plain(tables.euler_table, cfg_pp=True),
-    "euler_a_cfg_pp": _noisy(_EULER_A, "eta", cfg_pp=True),
-}
+    return replace(SAMPLERS["ddim"], table=partial(tables.euler_table, eta=eta), stochastic=eta > 0)

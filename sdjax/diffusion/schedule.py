@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import ScheduleConfig
-from sdjax.diffusion.spacings import RHO, SPACINGS
+from sdjax.diffusion.names import RHO
+from sdjax.diffusion.spacings import SPACINGS
 from sdjax.types import Array
 
 TERMINAL_ALPHA_BAR = 2.0**-24

@@ -32,9 +32,6 @@ from functools import partial
 
 import numpy as np
 
-RHO = {"karras": 7.0, "polyexponential": 1.0}
-"""The usual exponents of the spacings that have one."""
-
 LCM_STEPS = 50
 """Timesteps that latent consistency models were distilled on."""
 

@@ -14,8 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from sdjax.diffusion.names import RHO
 from sdjax.diffusion.rows import Rows, rows_at
-from sdjax.diffusion.spacings import RHO, karras
+from sdjax.diffusion.spacings import karras
 
 # What several tables share
 

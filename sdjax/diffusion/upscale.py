@@ -73,30 +73,6 @@ PICTURE_UPSCALERS = {
 }
 """Upscalers of pictures, between decoding and encoding."""
 
-UPSCALERS = (*LATENT_UPSCALERS, *PICTURE_UPSCALERS)
-
-UPSCALER_NAMES = {
-    "latent": "Latent",
-    "latent_antialiased": "Latent (antialiased)",
-    "latent_bicubic": "Latent (bicubic)",
-    "latent_bicubic_antialiased": "Latent (bicubic antialiased)",
-    "latent_nearest": "Latent (nearest)",
-    "latent_nearest_exact": "Latent (nearest-exact)",
-    "lanczos": "Lanczos",
-    "bicubic": "Bicubic",
-    "nearest": "Nearest",
-}
-"""Upscalers as A1111 spells them."""
-
-
-def upscaler_of(name: str) -> str:
-    """An upscaler from a name of ours or as A1111 spells it; a name that nobody knows comes back as it is.
-
-    A1111's "None" resizes the picture by Lanczos.
-    """
-    theirs = {spelled.lower(): ours for ours, spelled in UPSCALER_NAMES.items()} | {"none": "lanczos"}
-    return name if name in UPSCALERS else theirs.get(name.strip().lower(), name)
-
 
 def covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
     """The least size of the same shape that covers `wanted`; both (width, height). What is beyond is cut off evenly."""

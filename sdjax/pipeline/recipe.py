@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL import Image, PngImagePlugin
 
 from sdjax.config import SamplingConfig
-from sdjax.devices.platform import environment
-from sdjax.diffusion.samplers import SAMPLERS
+from sdjax.diffusion.names import TRAITS
 from sdjax.request import TASKS, Request, Setting, settings, task_of, with_defaults
 from sdjax.storage.files import new_file
 from sdjax.text.syntax import lora_of
@@ -64,6 +63,12 @@ KINDS = {
 """The types of a recipe's entries, by the kind of the setting."""
 
 
+def _environment() -> dict[str, str]:
+    from sdjax.devices.platform import environment  # JAX knows a part of it; a recipe that is read says it all itself
+
+    return environment()
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeBase:
     """What made one picture: every setting of its request by name (`recipe_class`), and
@@ -88,7 +93,7 @@ class RecipeBase:
     conversion: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, str] = dataclasses.field(default_factory=dict)
     embeddings: dict[str, str] = dataclasses.field(default_factory=dict)
-    environment: dict[str, str] = dataclasses.field(default_factory=environment)
+    environment: dict[str, str] = dataclasses.field(default_factory=_environment)
     version: str = dataclasses.field(default_factory=lambda: version("sdjax"))
 
     if TYPE_CHECKING:
@@ -126,7 +131,7 @@ class RecipeBase:
             for name, expected in kinds.items():
                 if not _fits(expected, data[name]):
                     raise ValueError(f"{name} cannot be {data[name]!r:.60}")
-            for name, known in (("task", TASKS), ("sampler", tuple(SAMPLERS))):
+            for name, known in (("task", TASKS), ("sampler", tuple(TRAITS))):
                 if data[name] not in known:
                     raise ValueError(f"{data[name]!r:.60} is no {name}; there are {', '.join(known)}")
             lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}

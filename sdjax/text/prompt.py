@@ -29,9 +29,6 @@ from sdjax.text.embeddings import Embedding, Vocabulary
 from sdjax.text.syntax import LoraTag, Piece
 from sdjax.text.tokenizer import Tokenizer
 
-WEIGHTINGS = ("a1111", "comfy", "compel", "none")
-"""Ways of weighting, the usual one first."""
-
 MODES = {"none": 0, "a1111": 1, "comfy": 2, "compel": 2}
 """The arithmetic of each (`sdjax.text.weighting`)."""
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import NamedTuple
 
+WEIGHTINGS = ("a1111", "comfy", "compel", "none")
+"""Ways of weighting, the usual one first."""
+
 ROUND, SQUARE = 1.1, 1 / 1.1
 """What a pair of brackets without a number multiplies by."""
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from sdjax.diffusion.names import SAMPLER_NAMES, nearest_sampler, nearest_spacing, sampler_of, spacing_of
-from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.spacings import SPACINGS
-from sdjax.diffusion.upscale import upscaler_of
+from sdjax.diffusion.names import (
+    ALL_SPACINGS,
+    SAMPLER_NAMES,
+    TRAITS,
+    nearest_sampler,
+    nearest_spacing,
+    sampler_of,
+    spacing_of,
+    upscaler_of,
+)
 from sdjax.pipeline.foreign.findings import Findings
 
 A1111S_OWN = {"beta": "beta_a1111", "kl_optimal": "kl_optimal_a1111", "ddim": "ddim_uniform"}
@@ -77,7 +83,7 @@ def put_sampler(found: Findings, name: str, said: str, prefix: str = "") -> tupl
     prefix: of the settings, "hires_" for the second pass.
     """
     sampler, spacing = sampler_of(name)
-    if sampler not in SAMPLERS:
+    if sampler not in TRAITS:
         sampler = nearest_sampler(name)
         found.leave(said, f"cannot be run; the nearest is used instead, {SAMPLER_NAMES.get(sampler, sampler)}")
     return (sampler if found.put(f"{prefix}sampler", sampler, said) else None), spacing
@@ -86,7 +92,7 @@ def put_sampler(found: Findings, name: str, said: str, prefix: str = "") -> tupl
 def put_spacing(found: Findings, name: str, said: str, prefix: str = "") -> None:
     """Takes a spacing by A1111's or our name."""
     spacing = spacing_of(name)
-    if spacing not in SPACINGS:
+    if spacing not in ALL_SPACINGS:
         spacing = nearest_spacing(name)
         found.leave(said, f"no spacing of sdjax; the nearest is used instead, {spacing}")
     found.put(f"{prefix}spacing", spacing, said)

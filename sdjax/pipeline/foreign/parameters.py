@@ -12,8 +12,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from sdjax.diffusion.samplers import SAMPLERS
-from sdjax.diffusion.spacings import SPACINGS
+from sdjax.diffusion.names import ALL_SPACINGS, TRAITS
 from sdjax.hints import hint
 from sdjax.pipeline.foreign.findings import Findings, Foreign, decimal, real, short, whole
 from sdjax.pipeline.foreign.names import (
@@ -403,14 +402,14 @@ def _sampling(found: Findings, pairs: dict[str, str], source: str) -> None:
     elif sampler is not None and source != "sdjax":
         chosen = is_automatic(version) or schedule.lower() == "automatic" or sampler in ALWAYS
         put_spacing(found, AUTOMATIC.get(sampler, "normal") if chosen else "normal", f"{said}, spacing of its own")
-    if sampler is not None and SAMPLERS[sampler].cfg_pp and source == "A1111":
+    if sampler is not None and TRAITS[sampler].cfg_pp and source == "A1111":
         guidance = real(pairs.pop("CFG scale", pairs.pop("CFG Scale", "")))
         if guidance is not None:  # its scale there is that of the other samplers
             found.put("guidance", guidance / A1111_CFG_PP, f"CFG scale: {guidance:g}")
     if source == "A1111":
         if sampler in BROWNIAN:
             found.leave(f"Sampler: {name}", "its noise comes from a Brownian tree there; here each step has its own")
-        if sampler is not None and not SAMPLERS[sampler].stochastic:  # it would have changed nothing
+        if sampler is not None and not TRAITS[sampler].stochastic:  # it would have changed nothing
             pairs.pop("ENSD", None)
             pairs.pop("Eta noise seed delta", None)
         if sampler in TWICE:
@@ -439,7 +438,7 @@ def spacing_in(schedule: str, source: str) -> str:
     plain = " ".join(schedule.lower().split())
     if source == "sdjax":
         shown = settings()["spacing"].shown
-        return next((name for name in SPACINGS if shown(name) == schedule), schedule)
+        return next((name for name in ALL_SPACINGS if shown(name) == schedule), schedule)
     return plain if source == "ComfyUI" else A1111S_OWN.get(plain, schedule)
 
 
