@@ -1,7 +1,7 @@
 """Compiles the full-size guided sampling loop for an H200 on a machine without a GPU, and looks at what is left in it.
 
     pip install . jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm    (the plugins in jax's own version)
-    JAX_PLATFORMS=cpu python examples/benchmarks/gpu_compile.py [--batch 1 8 32]
+    JAX_PLATFORMS=cpu python examples/benchmarks/gpu_compile.py [--batch 1 8 32] [--rows 15]
 
 The program is the loop of `Pipeline.batch`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, one scan over the
 steps. XLA's own GPU compiler optimises it for the device described in h200_target.txtpb. Printed are compile time and
@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as fused_attention
+from hlo_traffic import table, uses
 from jax.experimental import topologies
 
 from sdjax.config import SD15
@@ -101,6 +102,7 @@ def projections(hlo: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="pictures")
+    parser.add_argument("--rows", type=int, default=15, help="of each table of fusions; -1: all (15)")
     options = parser.parse_args()
     answer_for_target()
     print(f"jax {jax.__version__}, NVIDIA H200 (described, not present), {SD15.name}")
@@ -122,6 +124,7 @@ def main() -> None:
             f"{len(kinds):12}  {fused:16}",
             flush=True,
         )
+        print("\n".join(table(uses(hlo), None if options.rows < 0 else options.rows)), flush=True)
     print("\n".join(bad) or "no full score matrix, no convolution outside bfloat16, no text or time projection left")
     raise SystemExit(bool(bad))
 
