@@ -210,6 +210,34 @@ def test_norms_compute_in_float32_and_round_once(norm, dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * HALVES[dtype], atol=2e-5)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (30, 1), (200, 1), (2000, 300), (0, 0)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_norm_in_one_reading_on_gpus_rounds_once_too(mean, deviation, shifted):
+    """Beyond 200 deviations bfloat16 could not tell the values from their mean."""
+    x = jnp.asarray(mean + deviation * normal(0, 2, 6, 6, 32), jnp.bfloat16)
+    params = {name: jnp.asarray(1 + 0.1 * normal(i, 32), jnp.bfloat16) for i, name in enumerate(("scale", "bias"))}
+    shift = jnp.asarray(deviation * normal(3, 2, 1, 1, 32), jnp.bfloat16) if shifted else None
+    with use_platform("gpu"):
+        found = GroupNorm(4, 1e-5).apply({"params": params}, x, shift)
+        program = equations(jax.make_jaxpr(GroupNorm(4, 1e-5).apply)({"params": params}, x, shift))
+    assert found.dtype == jnp.bfloat16
+    assert sum(each.primitive.name == "reduce_sum" and each.invars[0].aval.size == x.size for each in program) == 2
+    wide, scale, bias = (np.asarray(value, np.float64) for value in (x, params["scale"], params["bias"]))
+    groups = (wide + (np.asarray(shift, np.float64) if shifted else 0)).reshape(2, 36, 4, 8)
+    normed = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
+    expected = normed.reshape(x.shape) * scale + bias
+    lost = (mean / (deviation or 1)) ** 2 * 2.0**-20  # at most, of the variance in float32
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * 2.0**-8, atol=2e-5 + lost)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu", "tpu"])
+def test_a_norms_shift_is_added_before_it(where):
+    x, shift, params = normal(0, 2, 6, 6, 32), normal(1, 2, 1, 1, 32), dict(scale=np.ones(32), bias=np.zeros(32))
+    norm, params = GroupNorm(4, 1e-5), {"params": {name: leaf.astype(np.float32) for name, leaf in params.items()}}
+    with use_platform(where):
+        np.testing.assert_array_equal(norm.apply(params, x, shift), norm.apply(params, x + shift))
+
+
 @pytest.mark.parametrize("norm", [LayerNorm(), GroupNorm(4, 1e-5)], ids=["layer", "group"])
 def test_a_large_mean_costs_the_variance_nothing(norm):
     """Two passes: the mean of the squares less the square of the mean would leave no digit here."""

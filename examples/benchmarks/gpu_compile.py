@@ -1,7 +1,7 @@
 """Compiles the full-size guided sampling loop for an H200 on a machine without a GPU, and looks at what is left in it.
 
     pip install . jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm    (the plugins in jax's own version)
-    JAX_PLATFORMS=cpu python examples/benchmarks/gpu_compile.py [--batch 1 8 32]
+    JAX_PLATFORMS=cpu python examples/benchmarks/gpu_compile.py [--batch 1 8 32] [--rows 15]
 
 The program is the loop of `Pipeline.batch`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, one scan over the
 steps. XLA's own GPU compiler optimises it for the device described in h200_target.txtpb. Printed are compile time and
@@ -9,18 +9,40 @@ the bytes of arguments and temporaries; the exit status is 1 if the optimised pr
 
 - a full score matrix: an array with all queries and all keys of one attention, above 128 x 128;
 - a convolution that reads or writes anything but bfloat16;
-- a text or time projection: a weight of those layers among the parameters of the program.
+- a text or time projection in a usual step: a weight of those layers that it reads. The branch for pictures whose text
+  changes from one step to the next does project, and is not followed.
+
+Then come the fusions of one usual guided step that read or write more than they need, alike ones together, those with
+the largest surplus first, and the sums of the whole step: what is needed, and what cannot be seen this way, is said in
+`hlo_traffic.py`.
 
 What this does not show: speed (kernels are not tuned without the device), that cuDNN accepts the fused attention
 kernels, and their workspace (they count as 0 bytes). JAX asks the device at hand whether fused attention is possible;
 here the target answers instead, for tracing only.
 
-Compiled 2026-11-22 with jax 0.10.2 for an H200 (none present), nothing of the above left, 132 convolutions and 60 fused
-attentions (half of them in the branch without guidance); bytes of temporaries: 1 picture 1,221,545,296, 8 pictures
-1,872,353,104, 32 pictures 4,103,691,856.
+Compiled 2026-11-27 with jax 0.10.2 for an H200 (none present), nothing of the above left, 132 convolutions and 60 fused
+attentions (half of them in the branch without guidance). Commit c87bdd3 and the one that wrote this:
 
-In an earlier version 1,129,282,560 of them were the convolution kernels in cuDNN's layout, copied once per call, before
-the scan.
+                               1 picture, before        and now  8 pictures, before        and now
+    temporaries, bytes             1,228,132,768  1,228,181,920       1,924,943,520  1,925,002,656
+    kernels of a step                        888            730                 890            720
+    MB read and written                    7,358          6,292              36,788         33,755
+    MB surplus                             1,331            671               3,253            657
+      moved                                  357             53               2,071            637
+      float32                                484              1                 193              5
+      splits                                 484            618                  16             16
+      norm                                     7              0                 973              0
+
+Two changes did that: group norms in bfloat16 take their sums in one reading (`GroupNorm.by_moments`, alone 34,463 MB
+and 729 kernels for 8 pictures), and queries, keys and values are no longer one product that is copied apart
+(`GPU_OPTIONS` in `sdjax/devices/platform.py`). What is left, for 8 pictures in MB: copies of the texts' keys and
+values, which the loop carries (254), and their transposition to rows of the UNet (123); skip connections stored beside
+what they are joined to (225), which the 1x1 convolution around the block takes whole; the map doubled by the nearest
+neighbour (13). No fusion reads an operand again. For 1 picture most is splits of products, which the device's autotuner
+decides anew; they are more than before because the products are smaller. 32 pictures were not compiled again: on
+2026-11-22 they took 4,103,691,856 bytes of temporaries.
+
+1,128,494,080 of the temporaries are the convolution kernels in cuDNN's layout, copied once per call, before the scan.
 """
 
 import argparse
@@ -31,6 +53,7 @@ from typing import Any
 
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as fused_attention
+from hlo_traffic import parsed, step, table, uses
 from jax.experimental import topologies
 
 from sdjax.config import SD15
@@ -90,17 +113,19 @@ def convolutions(hlo: str) -> list[set[str]]:
 
 
 def projections(hlo: str) -> list[str]:
-    """Parameters of the program with the shape of a text projection's weight or of the time embedding's first one."""
+    """Weights with the shape of a text projection's or of the time embedding's first one that a usual step reads."""
     width, channels = SD15.unet.context_width, SD15.unet.channels
-    weights = {f"{width},{features}" for features in channels} | {f"{channels[0]},{4 * channels[0]}"}
-    entry = hlo[hlo.index("\nENTRY ") :]
-    found = re.findall(r" = \w+\[([\d,]+)\]\S* parameter\(", entry)
-    return sorted(weights & set(found))
+    weights = {(width, features) for features in channels} | {(channels[0], 4 * channels[0])}
+    read = {
+        shape for around, one in step(*parsed(hlo)) for operand in one.operands for _, shape in around[operand].arrays
+    }
+    return [",".join(map(str, shape)) for shape in sorted(weights & read)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="pictures")
+    parser.add_argument("--rows", type=int, default=15, help="of each table of fusions; -1: all (15)")
     options = parser.parse_args()
     answer_for_target()
     print(f"jax {jax.__version__}, NVIDIA H200 (described, not present), {SD15.name}")
@@ -122,6 +147,7 @@ def main() -> None:
             f"{len(kinds):12}  {fused:16}",
             flush=True,
         )
+        print("\n".join(table(uses(hlo), None if options.rows < 0 else options.rows)), flush=True)
     print("\n".join(bad) or "no full score matrix, no convolution outside bfloat16, no text or time projection left")
     raise SystemExit(bool(bad))
 

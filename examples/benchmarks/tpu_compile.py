@@ -3,16 +3,20 @@
     pip install . libtpu
     export TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1
     python examples/benchmarks/tpu_compile.py [--topology v5e:2x2] [--batch 1 8]
+    python examples/benchmarks/tpu_compile.py --check --topology v5e:2x2 --batch 1    (whether the bytes have grown)
 
 The programs are those of `Pipeline.on`: Stable Diffusion 1.5 at 512x512 in bfloat16, guided, the batch split over all
 chips and the parameters whole on each. XLA's own TPU compiler optimises them for chips that are described, not present.
 Printed for each topology, batch (pictures at once on each chip) and program: seconds of compilation, bytes per chip of
-arguments and temporaries, and GFLOP per picture by the compiler's count, to which a loop is its inside once: that of
-`sample` is for one step, beside two rows of the UNet by its products and convolutions. A batch that does not fit is
-refused by the compiler, which is printed, too: the largest batch is worked out by a straight line through the two
-largest compiled, and then compiled, until that line leads no further. The exit status is 1 if a program holds a
+arguments, results, temporaries and code, and GFLOP per picture by the compiler's count, to which a loop is its inside
+once: that of `sample` is for one step, beside two rows of the UNet by its products and convolutions. A batch that does
+not fit is refused by the compiler, which is printed, too: the largest batch is worked out by a straight line through
+the two largest compiled, and then compiled, until that line leads no further. The exit status is 1 if a program holds a
 collective, or a full score matrix (all queries and keys of one attention, above 256 x 256). Where the optimised text
 cannot be read by this jaxlib, the text before optimisation is looked at instead.
+
+With --check every program is compared with what is recorded of it (RECORDED, below: the one home of these figures), no
+larger batch is looked for, and the exit status is 1, too, if any of its bytes are more, or nothing is recorded.
 
 What this does not show: speed. It was compiled, not run.
 
@@ -20,8 +24,8 @@ Compiled 2026-11-21 and 22 with jax 0.10.2 and libtpu 0.0.52, each on one of two
 batch at a time; the guided step is 1,607.9 GFLOP, the kernel of attention counts what it pads. No collective, no
 full score matrix in any of them.
 
-The figures are those of 2026-11-22, when the programs had other names (paint is now sample, develop decode; begin is
-initial_latents; time_rows is part of condition) and other arguments; they were not compiled again since.
+The figures that follow are those of 2026-11-22, when the programs had other names (paint is now sample, develop decode;
+begin is initial_latents; time_rows is part of condition) and other arguments; what was compiled since is in RECORDED.
 
 v5e:2x2, 16,911,433,728 bytes for programs:
 
@@ -90,6 +94,20 @@ COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatt
 SMALL_SCORES = 256 * 256
 """Of 16x16 positions a score matrix has the shape of the heads' own values, which the kernel takes 256 wide."""
 
+RECORDED = """
+topology  at once  program            arguments     results  temporaries        code  compiled
+v5e:2x2         1  condition        340,696,576  17,046,528            0  25,295,872  2026-11-27
+v5e:2x2         1  initial_latents      296,960   1,049,088      212,992   1,386,496  2026-11-27
+v5e:2x2         1  admit             36,215,296  18,107,904            0   2,082,304  2026-11-27
+v5e:2x2         1  decode            99,120,640           -  413,925,376           -  2026-11-27
+v5e:2x2         1  sample         1,686,762,496           -  258,818,048           -  2026-11-27
+"""
+"""Bytes on each chip by jax 0.10.2 and libtpu 0.0.52; -: not recorded. Arguments and temporaries at commit c87bdd3,
+results and code some commits later. `sample` took 2,168 s to compile on a third of a busy core, `decode` 227 s.
+Whoever makes a program smaller records that.
+"""
+
+BYTES = ("arguments", "results", "temporaries", "code")
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v6e:2x2")
 NAMES = ("condition", "initial_latents", "sample", "admit", "decode")
 
@@ -154,8 +172,29 @@ class Measured(NamedTuple):
     """What the compiler says of a program: bytes on each chip, and what is wrong with it."""
 
     arguments: int
+    results: int
     temporaries: int
+    code: int
     faults: list[str]
+
+
+def recorded() -> dict[tuple[str, int, str], dict[str, int]]:
+    """What RECORDED holds: bytes by kind, for each topology, pictures at once and program."""
+    found = {}
+    for line in RECORDED.strip().splitlines()[1:]:
+        topology, batch, name, *sizes = line.split()[: 3 + len(BYTES)]
+        known = {kind: int(size.replace(",", "")) for kind, size in zip(BYTES, sizes, strict=True) if size != "-"}
+        found[topology, int(batch), name] = known
+    return found
+
+
+def grown(topology: str, batch: int, name: str, now: Measured) -> list[str]:
+    """In words, what a program needs more of than is recorded of it."""
+    known = recorded().get((topology, batch, name))
+    if known is None:
+        return [f"{name}: nothing is recorded of it"]
+    more = [(kind, getattr(now, kind), size) for kind, size in known.items() if getattr(now, kind) > size]
+    return [f"{name}: {now:,} bytes of {kind}, {size:,} recorded" for kind, now, size in more]
 
 
 def to_hlo(found: re.Match[str]) -> str:
@@ -169,12 +208,18 @@ def measured(name: str, lower: Lower, pictures: int) -> Measured | None:
     start = time.perf_counter()
     program, refusal = try_to_compile(lowered)
     if program is None:
-        print(f"{name:>9}  does not fit: {refusal[:200]}", flush=True)
+        print(f"{name:>15}  does not fit: {refusal[:200]}", flush=True)
         return None
     seconds, memory = time.perf_counter() - start, program.memory_analysis()
     counted = program.cost_analysis()["flops"] / pictures / 1e9
-    sizes = f"{memory.argument_size_in_bytes:16,}  {memory.temp_size_in_bytes:18,}"
-    print(f"{name:>9}  {seconds:9.1f}  {sizes}  {counted:17,.1f}", flush=True)
+    sizes = (
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+    )
+    columns = "  ".join(f"{size:14,}" for size in sizes)
+    print(f"{name:>15}  {seconds:9.1f}  {columns}  {counted:17,.1f}", flush=True)
     try:
         hlo = program.as_text()
     except jax.errors.JaxRuntimeError as error:  # a libtpu that is newer than jaxlib
@@ -182,7 +227,7 @@ def measured(name: str, lower: Lower, pictures: int) -> Measured | None:
         hlo = re.sub(r"tensor<([\dx]+)x(\w+)>", to_hlo, lowered.as_text().replace("_", "-"))
     matrices = score_matrices(hlo, pictures, SMALL_SCORES)
     faults = [f"score matrix {array}" for array in matrices] + sorted(set(re.findall(COLLECTIVES, hlo)))
-    return Measured(memory.argument_size_in_bytes, memory.temp_size_in_bytes, [f"{name}: {one}" for one in faults])
+    return Measured(*sizes, [f"{name}: {one}" for one in faults])
 
 
 def next_batch(loops: dict[int, Measured], memory: int) -> int:
@@ -198,17 +243,22 @@ def main() -> None:
     parser.add_argument("--topology", nargs="+", default=TOPOLOGIES, help=f"chips ({' '.join(TOPOLOGIES)})")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="pictures at once on each chip (1 8)")
     parser.add_argument("--program", nargs="+", choices=NAMES, default=NAMES, help="of these alone")
+    parser.add_argument("--check", action="store_true", help="compare the bytes with those recorded in this file")
     options = parser.parse_args()
     print(f"jax {jax.__version__}, {SD15.name}; a guided step is {guided_step() / 1e9:,.1f} GFLOP")
     bad: list[str] = []
 
     def measure(topology: str, devices: tuple[Any, ...], batch: int, names: Sequence[str]) -> dict[str, Measured]:
         print(f"{topology}, {len(devices)} x {devices[0].device_kind}, {batch} at once on each (not present)")
-        print("  program  compile s  arguments, bytes  temporaries, bytes  GFLOP per picture", flush=True)
+        columns = "  ".join(f"{kind:>14}" for kind in BYTES)
+        print(f"{'program':>15}  compile s  {columns}  GFLOP per picture", flush=True)
         programs = programs_for(Request(""), SD15, batch, dtype="bfloat16", placement=Placement(devices))
         found = {name: measured(name, programs[name], 1 if name == "decode" else batch) for name in names}
-        for one in found.values():
-            bad.extend(f"{topology}, {batch} at once: {fault}" for fault in ([] if one is None else one.faults))
+        for name, one in found.items():
+            faults = one.faults if one is not None else [f"{name}: does not fit"] if options.check else []
+            if one is not None and options.check:
+                faults = faults + grown(topology, batch, name, one)
+            bad.extend(f"{topology}, {batch} at once: {fault}" for fault in faults)
         return {name: one for name, one in found.items() if one is not None}
 
     for topology in options.topology:
@@ -217,7 +267,7 @@ def main() -> None:
         print(f"{topology}: {memory:,} bytes of memory for programs on each chip")
         found = {batch: measure(topology, devices, batch, options.program) for batch in options.batch}
         loops = {batch: programs["sample"] for batch, programs in found.items() if "sample" in programs}
-        if len(loops) > 1:
+        if len(loops) > 1 and not options.check:
             refused = math.inf
             while (batch := min(next_batch(loops, memory), refused - 8)) > max(loops):
                 fits = measure(topology, devices, batch, ["sample"])
@@ -226,7 +276,8 @@ def main() -> None:
                 else:
                     refused = batch
             print(f"{topology}: {max(loops)} pictures at once on each chip fit", flush=True)
-    print("\n".join(bad) or "no collective, no full score matrix")
+    smaller = ", no program larger than recorded" if options.check else ""
+    print("\n".join(bad) or f"no collective, no full score matrix{smaller}")
     raise SystemExit(bool(bad))
 
 
