@@ -279,22 +279,26 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array, shift: Array | None = None) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        if platform() == "gpu" and x.dtype == jnp.bfloat16:
+            return self.by_moments(x, shift, scale, bias)
         x = x if shift is None else x + shift
         y = x.astype(jnp.float32)
-        y = y - self.mean(y)
-        y = y * lax.rsqrt(self.mean(jnp.square(y)) + self.epsilon)
-        return _scaled(y, scale, bias).astype(x.dtype)
+        if platform() == "cpu":
+            y = y - self.mean(y)
+            y = y * lax.rsqrt(self.mean(jnp.square(y)) + self.epsilon)
+        else:
+            y = y.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+            y = y - y.mean((1, 3), keepdims=True)
+            y = y * lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.epsilon)
+        return _scaled(y.reshape(x.shape), scale, bias).astype(x.dtype)
 
     def mean(self, y: Array) -> Array:
         """The mean of every group of y f32[b, h, w, c], at each of its channels: f32[b, 1, 1, c].
 
-        On a CPU the channels' means are put together by products with the matrix of which channel is in which group:
-        what else does it would be fused with, and repeated for, every position.
+        The channels' means are put together by products with the matrix of which channel is in which group: on a CPU
+        what else does it would be fused with, and repeated for, every position, and take 3 times as long as the norm.
         """
         b, c, size = y.shape[0], y.shape[-1], y.shape[-1] // self.groups
-        if platform() != "cpu":
-            means = y.reshape(b, -1, self.groups, size).mean((1, 3))
-            return jnp.repeat(means, size, axis=-1)[:, None, None]
         member = jnp.repeat(jnp.eye(self.groups, dtype=y.dtype), size, axis=0)  # [c, groups]
         dot = partial(jnp.dot, precision=lax.Precision.HIGHEST)
         return dot(dot(y.mean(2).mean(1), member / size), member.T).reshape(b, 1, 1, c)
