@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,15 +36,21 @@ TPU_LANES = 128
 TPU_BLOCK = 512
 """Most queries, and keys, that it works on at once."""
 
-CPU_FEW_POSITIONS = 2 * 8 * 8
-"""Positions, of all pictures together, up to which a CPU convolves by one matrix product: for two full-size maps of 8x8
-2.6 times as fast as XLA's own convolution."""
+CPU_FEW_POSITIONS = 2 * 16 * 16
+"""Positions, of all pictures together, up to which a CPU convolves by one matrix product: 2.2 times as fast as XLA's
+convolution for a full-size map of 16x16, 5 times for 8x8; slower with more positions."""
 
 CPU_CACHE = 8 * 2**20
-"""Bytes of transformed values that `winograd` works on at once: about what a CPU's cores keep in their cache."""
+"""Bytes of transformed values that `winograd` works on at once: what a CPU's cores keep in their cache."""
 
 WINOGRAD_FEATURES = 64
 """Least features, in and out, from which a CPU convolves by `winograd`: with fewer its transforms take longest."""
+
+WINOGRAD_KERNEL = 5
+"""Most times that a transformed kernel may be as large as a picture's transformed map: it takes memory."""
+
+TRANSFORMED = "transformed"
+"""The collection of kernels that were transformed beforehand (`Conv`)."""
 
 
 def gelu(x: Array) -> Array:
@@ -104,6 +111,9 @@ class Conv(nn.Module):
     """f[b, h, w, in] -> f[b, h', w', features]; padding (before, after) on both axes.
 
     wrap: it is padded with what is at the opposite border, so that the map is a torus; else with zeros.
+
+    Where it convolves by `winograd`, it takes the transformed kernel from the collection `TRANSFORMED` if it is there:
+    a loop that calls the network many times has it made once. Applied with that collection mutable, it puts it there.
     """
 
     features: int
@@ -121,21 +131,23 @@ class Conv(nn.Module):
         if platform() == "cpu" and self.stride == 1 and math.prod(x.shape[:3]) <= CPU_FEW_POSITIONS:
             y = self.by_product(x, kernel)
         elif platform() == "cpu" and self.by_winograd(x):
-            y = winograd(self.padded(x), kernel)
+            known = self.has_variable(TRANSFORMED, "kernel") or self.is_mutable_collection(TRANSFORMED)
+            made = self.variable(TRANSFORMED, "kernel", winograd_kernel, kernel).value if known else None
+            y = winograd(self.padded(x), kernel, made)
         else:
             y = self.by_convolution(x, kernel)
         return y + over_rows(self.param("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
 
+    def by_winograd(self, x: Array) -> bool:
+        """Whether `winograd` computes this, and pays on a CPU."""
+        _, h, w, c = x.shape
+        same_size = self.size == 3 and self.stride == 1 and self.padding == (1, 1) and h % 2 == w % 2 == 0
+        fits = WINOGRAD_FEATURES <= min(c, self.features) <= WINOGRAD_KERNEL * (h * w // 4)
+        return same_size and fits and x.dtype == jnp.float32
+
     def padded(self, x: Array) -> Array:
         around = ((0, 0), self.padding, self.padding, (0, 0))
         return jnp.pad(x, around, mode="wrap") if self.wrap else jnp.pad(x, around)
-
-    def by_winograd(self, x: Array) -> bool:
-        """Whether `winograd` computes this, and pays on a CPU."""
-        same_size = self.size == 3 and self.stride == 1 and self.padding == (1, 1)
-        even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-        many = min(x.shape[-1], self.features) >= WINOGRAD_FEATURES
-        return same_size and even and many and x.dtype == jnp.float32
 
     def by_convolution(self, x: Array, kernel: Array) -> Array:
         zeros = (0, 0) if self.wrap else self.padding
@@ -161,58 +173,51 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 @jax.custom_vjp
-def winograd(x: Array, kernel: Array) -> Array:
+def winograd(x: Array, kernel: Array, transformed: Array | None = None) -> Array:
     """Convolution with 3x3 kernels in 2.25 times fewer multiplications (Lavin & Gray 2016, section 4.1, F(2x2, 3x3)).
 
     x f32[b, h + 2, w + 2, in], padded already, with h and w even; kernel f32[3, 3, in, out] -> f32[b, h, w, out].
+    transformed: f32[16, in, out], `winograd_kernel` of the kernel, if it was made beforehand.
 
     Every 2x2 outputs are a tile: its 4x4 inputs and the kernel are transformed to 16 values each, whose products are
     transformed back. For all tiles that is 16 products of matrices [tiles, in] and [in, out], at which CPUs are as good
-    as at anything. It pays only while transformed values stay in the cache, so the work is cut: where the kernel is
-    larger than the picture into chunks of features, each of which is transformed on its own, else into strips of rows.
-    Costs about twice the rounding error of a plain convolution (1e-6 of the result). The gradient is that of a plain
-    convolution.
+    as at anything. It pays only while transformed values stay in the cache: strips of rows are done one after the
+    other. Costs about twice the rounding error of a plain convolution (1e-6 of the result), and 16/9 of the kernel's
+    memory for the transformed one. The gradient is that of a plain convolution.
     """
     b, h, w, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
-    features, tiles = kernel.shape[-1], b * h * w // 4
-    value = 16 * x.dtype.itemsize  # bytes of one transformed value
-    if c * features > tiles * max(c, features):
-        inputs, size = _winograd_inputs(x), _largest_divisor(features, CPU_CACHE // (value * c))
+    features, tile = kernel.shape[-1], 16 * x.dtype.itemsize * max(c, kernel.shape[-1])  # in bytes, transformed
+    if transformed is None:
+        x, kernel = lax.optimization_barrier((x, kernel))  # else all of a network's kernels would be transformed first
+        transformed = winograd_kernel(kernel)
+    rows = 2 * _largest_divisor(h // 2, CPU_CACHE // (tile * (w // 2)))
 
-        def some_features(i: Array, y: Array) -> Array:
-            part = _winograd_kernel(lax.dynamic_slice_in_dim(kernel, i * size, size, axis=3))
-            return lax.dynamic_update_slice_in_dim(y, _winograd_outputs(inputs, part, b, h, w), i * size, axis=3)
-
-        return lax.fori_loop(0, features // size, some_features, jnp.zeros((b, h, w, features), x.dtype))
-
-    transformed = _winograd_kernel(kernel)
-    rows = 2 * _largest_divisor(h // 2, CPU_CACHE // (value * max(c, features) * (w // 2)))
-
-    def some_rows(i: Array) -> Array:
+    def strip(i: Array) -> Array:
         start = (i // (h // rows), i % (h // rows) * rows, 0, 0)
-        strip = lax.dynamic_slice(x, start, (1, rows + 2, w + 2, c))
-        return _winograd_outputs(_winograd_inputs(strip), transformed, 1, rows, w)
+        inputs = _winograd_inputs(lax.dynamic_slice(x, start, (1, rows + 2, w + 2, c)))
+        return _winograd_outputs(inputs, transformed, rows, w)
 
-    return lax.map(some_rows, jnp.arange(b * h // rows)).reshape(b, h, w, features)
+    return lax.map(strip, jnp.arange(b * h // rows)).reshape(b, h, w, features)
 
 
 def _plain_convolution(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _winograd_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return winograd(x, kernel), (x, kernel)
+def _winograd_forward(x: Array, kernel: Array, transformed: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    return winograd(x, kernel, transformed), (x, kernel, transformed)
 
 
-def _winograd_backward(kept: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
-    return jax.vjp(_plain_convolution, *kept)[1](change)
+def _winograd_backward(kept: tuple[Any, ...], change: Array) -> tuple[Any, ...]:
+    x, kernel, transformed = kept
+    return *jax.vjp(_plain_convolution, x, kernel)[1](change), jax.tree.map(jnp.zeros_like, transformed)
 
 
 winograd.defvjp(_winograd_forward, _winograd_backward)
 
 
 def _winograd_inputs(x: Array) -> Array:
-    """B^T d B of every tile d: x f[b, h + 2, w + 2, c] -> f[16, b * h/2 * w/2, c]."""
+    """B^T d B of every tile d: x f[1, h + 2, w + 2, c] -> f[16, h/2 * w/2, c]."""
 
     def transform(first: Array, second: Array, third: Array, fourth: Array) -> list[Array]:
         return [first - third, second + third, third - second, second - fourth]
@@ -223,7 +228,7 @@ def _winograd_inputs(x: Array) -> Array:
     return jnp.stack(values).reshape(16, -1, c)
 
 
-def _winograd_kernel(kernel: Array) -> Array:
+def winograd_kernel(kernel: Array) -> Array:
     """G g G^T of every 3x3 kernel g: f[3, 3, in, out] -> f[16, in, out]."""
 
     def transform(first: Array, second: Array, third: Array) -> list[Array]:
@@ -233,16 +238,16 @@ def _winograd_kernel(kernel: Array) -> Array:
     return jnp.stack([value for row in transform(*kernel) for value in transform(*row)])
 
 
-def _winograd_outputs(inputs: Array, kernel: Array, b: int, h: int, w: int) -> Array:
-    """A^T m A of the products m of inputs f[16, b * h/2 * w/2, in] and kernel f[16, in, out] -> f[b, h, w, out]."""
+def _winograd_outputs(inputs: Array, kernel: Array, h: int, w: int) -> Array:
+    """A^T m A of the products m of inputs f[16, h/2 * w/2, in] and kernel f[16, in, out] -> f[h, w, out]."""
 
     def transform(first: Array, second: Array, third: Array, fourth: Array) -> list[Array]:
         return [first + second + third, second - third - fourth]
 
-    products = lax.dot_general(inputs, kernel, (((2,), (1,)), ((0,), (0,)))).reshape(4, 4, b, h // 2, w // 2, -1)
+    products = lax.dot_general(inputs, kernel, (((2,), (1,)), ((0,), (0,)))).reshape(4, 4, h // 2, w // 2, -1)
     columns = zip(*(transform(*row) for row in products), strict=True)
-    upper_and_lower = [jnp.stack(transform(*column), axis=2) for column in columns]  # each f[b, h/2, 2, w/2, out]
-    return jnp.stack(upper_and_lower, axis=4).reshape(b, h, w, -1)
+    both = [jnp.stack(transform(*column), axis=1) for column in columns]  # each f[h/2, 2, w/2, out]
+    return jnp.stack(both, axis=3).reshape(h, w, -1)
 
 
 def _scaled(y: Array, scale: Array, bias: Array) -> Array:

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from sdjax.config import ModelConfig
+from sdjax.devices.platform import platform, use_platform
 from sdjax.diffusion import sample as loop
 from sdjax.diffusion.denoiser import guided, keep_known, to_denoiser
 from sdjax.diffusion.rows import Carry, Rows, first_carry
@@ -35,6 +37,8 @@ from sdjax.diffusion.schedule import per_image
 from sdjax.image import latent_mask
 from sdjax.models.adapters import live
 from sdjax.models.clip import TextEncoder
+from sdjax.models.layers import TRANSFORMED, winograd_kernel
+from sdjax.models.params import abstract_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.text.prompt import Prompts
@@ -74,12 +78,43 @@ def predict_noise(
     kv: Any,
     adapters: Any = None,
     gates: Array | None = None,
+    transformed: Any = None,
     *,
     config: ModelConfig,
 ) -> Array:
-    """`UNet.predict`; a function of its own so that it is traced once wherever a program calls it. params: "unet"."""
+    """`UNet.predict`; a function of its own so that it is traced once wherever a program calls it. params: "unet".
+
+    transformed: `transformed_kernels`, or None.
+    """
     with live(adapters, gates, config, "unet", by_picture=False):
-        return UNet(config.unet).apply({"params": params}, x, time, kv, method="predict")  # type: ignore
+        variables = {"params": params, TRANSFORMED: transformed or {}}
+        return UNet(config.unet).apply(variables, x, time, kv, method="predict")  # type: ignore
+
+
+@lru_cache(maxsize=64)
+def _winograd_convolutions(config: ModelConfig, height: int, width: int, platform: str) -> tuple[tuple[str, ...], ...]:
+    """The kernels of the UNet, by their paths, that convolve latents of this size by `winograd` on this platform."""
+    struct = jax.ShapeDtypeStruct
+    x = struct((1, height, width, config.unet.in_channels), jnp.float32)
+    context = struct((1, 1, config.unet.context_width), jnp.float32)
+    apply = partial(UNet(config.unet).apply, mutable=[TRANSFORMED])
+    with use_platform(platform):
+        _, found = jax.eval_shape(
+            apply, {"params": abstract_params(config)["unet"]}, x, struct((1,), jnp.int32), context
+        )
+    return tuple(flatten_dict(found.get(TRANSFORMED, {})))
+
+
+def transformed_kernels(params: Params, x: Latent, config: ModelConfig) -> Any:
+    """The UNet's kernels that a CPU convolves latents x f[b, h, w, c] by in another form (`winograd`), in that form.
+
+    To be made once, outside of the loop over steps. params: "unet".
+    """
+    if platform() != "cpu" or params["conv_in"]["kernel"].dtype != jnp.float32:
+        return {}
+    paths = _winograd_convolutions(config, x.shape[1], x.shape[2], platform())
+    leaves = flatten_dict(params)
+    return unflatten_dict({path: winograd_kernel(leaves[path]) for path in paths})
 
 
 @partial(jax.jit, static_argnames="config")
@@ -259,7 +294,8 @@ class MakeDenoiser:
 
         def predict(kv: Any, x: Latent) -> Any:
             x = jnp.concatenate([x, given.concat], axis=-1)
-            return predict_noise(params["unet"], x, shifts, kv, params.get("adapters"), given.gates, config=self.config)
+            live = params.get("adapters"), given.gates, params.get(TRANSFORMED)
+            return predict_noise(params["unet"], x, shifts, kv, *live, config=self.config)
 
         def pair(x: Latent, level: NoiseLevel) -> Any:
             def halves(leaf: Array) -> Array:  # [b, 2, ...] -> the negative prompts', then the prompts' [2b, ...]
@@ -293,7 +329,8 @@ def sample(params: Params, state: State, ticks: Array | None = None, *, config: 
 
     The latents f32[b, h, w, c] are its `.carry.x`.
     """
-    return loop.sample(MakeDenoiser(config), params, state, ticks)
+    ready = {**params, TRANSFORMED: transformed_kernels(params["unet"], state.carry.x, config)}
+    return loop.sample(MakeDenoiser(config), ready, state, ticks)
 
 
 @partial(jax.jit, static_argnames="config")
