@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sdjax.devices.platform import platform, use_kernels
@@ -216,6 +217,13 @@ def _winograd_backward(kept: tuple[Any, ...], change: Array) -> tuple[Any, ...]:
 winograd.defvjp(_winograd_forward, _winograd_backward)
 
 
+def winograd_kernel(kernel: Array) -> Array:
+    """G g G^T of every 3x3 kernel g: f[3, 3, in, out] -> f[16, in, out], as one product."""
+    each = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], kernel.dtype)
+    values = jnp.dot(np.kron(each, each), kernel.reshape(9, -1), precision=lax.Precision.HIGHEST)
+    return values.reshape(16, *kernel.shape[2:])
+
+
 def _winograd_inputs(x: Array) -> Array:
     """B^T d B of every tile d: x f[1, h + 2, w + 2, c] -> f[16, h/2 * w/2, c]."""
 
@@ -223,19 +231,9 @@ def _winograd_inputs(x: Array) -> Array:
         return [first - third, second + third, third - second, second - fourth]
 
     _, height, width, c = x.shape
-    rows = transform(*(x[:, i : height - 3 + i : 2] for i in range(4)))
-    values = [value for row in rows for value in transform(*(row[:, :, j : width - 3 + j : 2] for j in range(4)))]
-    return jnp.stack(values).reshape(16, -1, c)
-
-
-def winograd_kernel(kernel: Array) -> Array:
-    """G g G^T of every 3x3 kernel g: f[3, 3, in, out] -> f[16, in, out]."""
-
-    def transform(first: Array, second: Array, third: Array) -> list[Array]:
-        outer, middle = 0.5 * (first + third), 0.5 * second
-        return [first, outer + middle, outer - middle, third]
-
-    return jnp.stack([value for row in transform(*kernel) for value in transform(*row)])
+    rows = jnp.stack(transform(*(x[:, i : height - 3 + i : 2] for i in range(4))))
+    both = jnp.stack(transform(*(rows[:, :, :, j : width - 3 + j : 2] for j in range(4))), axis=1)
+    return both.reshape(16, -1, c)
 
 
 def _winograd_outputs(inputs: Array, kernel: Array, h: int, w: int) -> Array:
@@ -245,9 +243,9 @@ def _winograd_outputs(inputs: Array, kernel: Array, h: int, w: int) -> Array:
         return [first + second + third, second - third - fourth]
 
     products = lax.dot_general(inputs, kernel, (((2,), (1,)), ((0,), (0,)))).reshape(4, 4, h // 2, w // 2, -1)
-    columns = zip(*(transform(*row) for row in products), strict=True)
-    both = [jnp.stack(transform(*column), axis=1) for column in columns]  # each f[h/2, 2, w/2, out]
-    return jnp.stack(both, axis=3).reshape(h, w, -1)
+    columns = jnp.stack(transform(*products.swapaxes(0, 1)))  # [2, 4, h/2, w/2, out]
+    both = jnp.stack(transform(*columns.swapaxes(0, 1)))  # [2, 2, h/2, w/2, out]
+    return both.transpose(2, 0, 3, 1, 4).reshape(h, w, -1)
 
 
 def _scaled(y: Array, scale: Array, bias: Array) -> Array:
