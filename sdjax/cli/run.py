@@ -37,7 +37,7 @@ def keep_programs() -> None:
 
     try:
         folder = programs_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         refuse_unwritable(folder)
         compilation.keep_programs(folder)
     except OSError as failure:
