@@ -353,7 +353,9 @@ class Kept:
             None if struct.sharding == home else struct.sharding if hasattr(struct, "dtype") else type(struct)
             for struct in map(_struct, leaves)
         ]
-        kinds = [(np.shape(leaf), str(getattr(leaf, "dtype", "")), getattr(leaf, "weak_type", False)) for leaf in leaves]
+        kinds = [
+            (np.shape(leaf), str(getattr(leaf, "dtype", "")), getattr(leaf, "weak_type", False)) for leaf in leaves
+        ]
         key = (tree, *kinds, *places, *_configuration())
         with _lock:
             if key not in self.entries:

@@ -141,9 +141,7 @@ def parallelize(function: Callable[..., Any], per_picture: Sequence[bool], place
         axis_names={DATA} if placement.model_parallel > 1 else {DATA, MODEL},
         check_vma=False,
     )
-    return _placed(
-        Kept(jax.jit(mapped, compiler_options=options), said, placement.devices), per_picture, placement
-    )
+    return _placed(Kept(jax.jit(mapped, compiler_options=options), said, placement.devices), per_picture, placement)
 
 
 def jitted(function: Callable[..., Any], placement: Placement) -> Program:
@@ -151,7 +149,9 @@ def jitted(function: Callable[..., Any], placement: Placement) -> Program:
     inside = written_for(placement.platform, function, kernels=placement.devices is None)
     options = compiler_options(placement.platform)
     kept = Kept(
-        jax.jit(inside, compiler_options=options), _identity(function, f"jitted {options}", placement), placement.devices
+        jax.jit(inside, compiler_options=options),
+        _identity(function, f"jitted {options}", placement),
+        placement.devices,
     )
     return _program(kept, kept.ahead, kept.jitted)
 
