@@ -182,8 +182,13 @@ def _machine() -> list[str]:
 def _configuration() -> list[str]:
     """JAX's configuration here and now, that of `with` blocks included, and what the environment says to XLA."""
     names = [name for name in jax.config.values if not SAYS_NOTHING.match(name)]
-    found = [f"{name}={getattr(jax.config, name, jax.config.values[name])!r}" for name in sorted(names)]
+    found = [f"{name}={_now(name)!r}" for name in sorted(names)]
     return found + [f"{name}={os.environ.get(name)}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *_nvidia())]
+
+
+def _now(name: str) -> Any:
+    """A setting of JAX, that of a `with` block if this is inside one."""
+    return getattr(jax.config, name, jax.config.values[name])
 
 
 def _nvidia() -> list[str]:
@@ -204,7 +209,7 @@ def identity_of(function: Callable[..., Any]) -> str | None:
 def _placed(sharding: jax.sharding.Sharding) -> str:
     """A sharding, with the numbers of its devices in their order."""
     if isinstance(sharding, jax.sharding.NamedSharding):
-        return f"{sharding} {[device.id for device in sharding.mesh.devices.flat]}"
+        return f"{sharding} {[device.id for device in np.ravel(sharding.mesh.devices)]}"
     return f"{sharding} {sorted(device.id for device in sharding.device_set)}"
 
 
@@ -330,7 +335,7 @@ class Kept:
                 return self._latest[1](*arguments)
             except (TypeError, ValueError):  # other shapes, or other devices, which it sees before it runs
                 pass
-        if jax.config.jax_disable_jit or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        if _now("jax_disable_jit") or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
             return self.jitted(*arguments)
         compiled = self.ahead(*arguments).ready()
         if compiled is not None:
@@ -377,9 +382,8 @@ def _device(device: jax.Device) -> str:
 
 def _context() -> tuple[Any, ...]:
     """What of JAX's configuration people set for a `with` block and is another program."""
-    config = jax.config
     names = ("default_matmul_precision", "default_device", "debug_nans", "debug_infs", "disable_jit")
-    return tuple(getattr(config, f"jax_{name}") for name in names)
+    return tuple(_now(f"jax_{name}") for name in names)
 
 
 # Compilations

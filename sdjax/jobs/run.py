@@ -293,8 +293,7 @@ def run(
         pictures, lines = job.share(share)
         missing = np.array([picture not in manifest.entries for picture in pictures.tolist()], bool)
         total, before, made, failed = len(pictures), int((~missing).sum()), 0, 0
-        if missing.any() and not isinstance(pipe, Pipeline):
-            pipe = pipe()
+        made_by = pipe if isinstance(pipe, Pipeline) else pipe() if missing.any() else None
         failures = opened.enter_context(open(share.failures(out), "wb", buffering=0))
         places: dict[str, tuple[int, int]] = {}  # id of a request under way -> picture, line
 
@@ -333,14 +332,13 @@ def run(
 
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
         try:
-            making = pipe.batch(requests(), batch_size=batch, on_error=fail) if isinstance(pipe, Pipeline) else ()
-            for request, picture in making:
+            for request, picture in made_by.batch(requests(), batch_size=batch, on_error=fail) if made_by else ():
                 try:
                     said: dict[str, Any] = dict(image=_hashed(request.image), mask=_hashed(request.mask))
                 except OSError as error:  # gone since it was read
                     fail(request, error)
                     continue
-                said |= dict(model=model, dtype=dtype, conversion=conversion, **pipe.files_of(request))
+                said |= dict(model=model, dtype=dtype, conversion=conversion, **made_by.files_of(request))
                 recipe = recipe_of(request, config.sampling, picture, image_size=config.image_size, **said)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))
                 while encoding and (encoding[0][2].done() or len(encoding) > ENCODING):
