@@ -209,8 +209,8 @@ def identity_of(function: Callable[..., Any]) -> str | None:
 def _placed(sharding: jax.sharding.Sharding) -> str:
     """A sharding, with the numbers of its devices in their order."""
     if isinstance(sharding, jax.sharding.NamedSharding):
-        return f"{sharding} {[device.id for device in np.ravel(sharding.mesh.devices)]}"
-    return f"{sharding} {sorted(device.id for device in sharding.device_set)}"
+        return f"{sharding} {list(sharding.mesh.device_ids.flat)}"
+    return f"{sharding} {sorted(map(str, sharding.device_set))}"
 
 
 # Programs

@@ -279,7 +279,7 @@ def run(
     progress: called with (pictures done, pictures in all).
     """
     if config is None:
-        assert isinstance(pipe, Pipeline)
+        assert not callable(pipe)
         config = pipe.config
     with (
         ExitStack() as opened,
@@ -293,7 +293,7 @@ def run(
         pictures, lines = job.share(share)
         missing = np.array([picture not in manifest.entries for picture in pictures.tolist()], bool)
         total, before, made, failed = len(pictures), int((~missing).sum()), 0, 0
-        made_by = pipe if isinstance(pipe, Pipeline) else pipe() if missing.any() else None
+        made_by = pipe if not callable(pipe) else pipe() if missing.any() else None
         failures = opened.enter_context(open(share.failures(out), "wb", buffering=0))
         places: dict[str, tuple[int, int]] = {}  # id of a request under way -> picture, line
 
@@ -332,7 +332,9 @@ def run(
 
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
         try:
-            for request, picture in made_by.batch(requests(), batch_size=batch, on_error=fail) if made_by else ():
+            making = () if made_by is None else made_by.batch(requests(), batch_size=batch, on_error=fail)
+            for request, picture in making:
+                assert made_by is not None
                 try:
                     said: dict[str, Any] = dict(image=_hashed(request.image), mask=_hashed(request.mask))
                 except OSError as error:  # gone since it was read
