@@ -8,6 +8,7 @@ This module imports nothing large: Ctrl-C is one line, too, while the libraries 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -43,4 +44,5 @@ def script() -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    gc.freeze()  # what is left ends with the process, and to look through it first takes 0.3 s
     return status
