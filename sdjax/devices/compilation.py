@@ -8,6 +8,9 @@ An executable is found by all that it depends on: the function and its fixed arg
 placement, JAX's version and configuration, the device or the CPU's instructions, and the text of this package. Whatever
 differs is another file, so a stale one is never loaded; one that is damaged is compiled anew and replaced. They are
 machine code and pickles, so whoever writes them runs code in the reader's name: the folder must be its user's alone.
+
+Two kinds are left to JAX's cache: those of `jax.pmap`, which cannot be traced apart from being called, and those of a
+job of several processes, which number their devices by themselves.
 """
 
 from __future__ import annotations
@@ -337,15 +340,16 @@ class Kept:
                 pass
         if _now("jax_disable_jit") or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
             return self.jitted(*arguments)
-        compiled = self.ahead(*arguments).ready()
-        if compiled is not None:
-            try:
-                result = compiled(*arguments)
-            except (TypeError, ValueError):
-                return self.jitted(*arguments)  # which moves its arguments, or says what is wrong with them
-            self._latest = _context(), compiled
-            return result
-        return self.jitted(*arguments)
+        ahead = self.ahead(*arguments)
+        if ahead.name is None:
+            return self.jitted(*arguments)
+        compiled = ahead.ready()
+        try:
+            result = compiled(*arguments)
+        except (TypeError, ValueError):
+            return self.jitted(*arguments)  # which moves its arguments, or says what is wrong with them
+        self._latest = _context(), compiled
+        return result
 
     def ahead(self, *arguments: Any) -> Ahead:
         """The program for arguments of which shapes are enough; asked for again, the same."""

@@ -35,10 +35,11 @@ def programs_for(
     tokenizer: Tokenizer | None = None,
     continuous: bool = True,
 ) -> dict[str, Ahead]:
-    """The programs that make pictures of a request's shape, by name; each is traced when it is called.
+    """The programs that make pictures of a request's shape, by name; each is lowered when it is called (`Ahead`).
 
-    Those that take longest to compile come first, and those of a second pass after those of the first. All is worked
-    out from shapes: there need be no parameters, and the devices of `placement` may be described ones
+    Those whose shapes the others need, and which are traced by now, come first: they are compiled while the next one is
+    traced; then those that take longest. A second pass comes after the first. All is worked out from shapes: there
+    need be no parameters, and the devices of `placement` may be described ones
     (`jax.experimental.topologies`).
 
     batch_size: pictures at once on each device.
@@ -94,10 +95,10 @@ def _of_pass(
     b, h, w, _ = state.carry.x.shape
     pixels = (b, h * config.vae.downscale, w * config.vae.downscale, config.vae.image_channels)
     found = {
-        "sample": of_model.sample.ahead(params, state, np.int32(1)),
-        "decode": of_model.decode.ahead(params, state.carry.x),
         "condition": condition,
         "initial_latents": start,
+        "sample": of_model.sample.ahead(params, state, np.int32(1)),
+        "decode": of_model.decode.ahead(params, state.carry.x),
         "to_bytes": of_model.to_bytes.ahead(jax.ShapeDtypeStruct(pixels, np.float32)),
     }
     if continuous and not uniform:
