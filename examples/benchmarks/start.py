@@ -12,6 +12,17 @@ a cache of its own, this checkout and the one in --against DIR (`git worktree ad
 
 Medians of wall seconds, and of the processor's (a machine that others use has its waiting in the former alone).
 
+Two shared CPU cores (AMD EPYC, AVX-512) with other work on them, jax 0.10.2, 2026-11-27, against c87bdd3; processor
+seconds, since the wall's were not steady. The picture: medians of 3 rounds; full: one round:
+
+                               here   c87bdd3   ratio
+    picture, first start       10.8      12.5    0.86
+    picture, second start       2.0       3.7    0.54   of which imports 0.81 and 0.88
+    full, first start          27.2      24.1    1.13   (the wall 186 and 125 s, beside other work that came and went)
+    full, second start         10.0      12.9    0.78   (the wall 34 and 17 s, the same)
+
+No bound is met yet. What is left of a picture's second start: imports 0.8, reading executables 0.4, sampling 0.2.
+
 Bounds: a second start at most 0.45 of that of c87bdd3, and compiling, which is a first start less a second one's
 reading, at most 0.8.
 """
