@@ -6,7 +6,7 @@ import argparse
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sdjax.cli.job import check_of, do_job, line_settings
 from sdjax.cli.model import conversion_of
@@ -28,8 +28,8 @@ def batch(options: argparse.Namespace) -> int:
 
     jobs.check_output(Path(options.output), None if options.jobs == "-" else Path(options.jobs))
     config = configuration(options.model or None, **conversion_of(options))
-    named = (options.coordinator, options.num_processes, options.process_id)
-    share = initialize(*named) if options.distributed or named != (None,) * 3 else ALONE
+    others = (options.coordinator, options.num_processes, options.process_id)
+    share = initialize(*others) if options.distributed or others != (None,) * 3 else ALONE
     if options.jobs == "-" and share.process_count > 1:
         raise ValueError("several processes need a job file; standard input is read by one alone")
 
@@ -50,9 +50,10 @@ def batch(options: argparse.Namespace) -> int:
         return nullcontext(sys.stdin.buffer) if options.jobs == "-" else open(options.jobs, "rb")
 
     defaults = line_settings(options)
-    return do_job(
-        options, source, kind, check=check, library=library, defaults=defaults, share=share, on_ready=note_dots
+    named: dict[str, Any] = dict(
+        config=config, check=check, library=library, defaults=defaults, share=share, on_ready=note_dots
     )
+    return do_job(options, source, kind, **named)
 
 
 def _kind_of(jobs: str) -> str:

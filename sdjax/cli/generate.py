@@ -98,7 +98,7 @@ def generate(options: argparse.Namespace) -> int:
         placement = placement_of(options, count)
         at_once = min(BATCH, -(-count // placement.data_parallel))
         named = dict(model=model, dtype=dtype, placement=placement, conversion=conversion, on_config=check)
-        pipe = load_model(options, on_convert, like=first, batch_size=at_once, **named)
+        pipe = load_model(options, on_convert, like=first, batch_size=at_once, continuous=False, **named)
         pipe = dataclasses.replace(pipe, library=library)  # which has read the adapters
         output.make_folder()
         begin_work()

@@ -75,6 +75,7 @@ def grid(options: argparse.Namespace) -> int:
         options,
         lambda: io.StringIO(text),
         ".jsonl",
+        config=config,
         check=check,
         library=library,
         defaults={},

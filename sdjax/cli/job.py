@@ -46,6 +46,7 @@ def do_job(
     source: Callable[[], AbstractContextManager[IO[bytes] | IO[str]]],
     kind: str,
     *,
+    config: ModelConfig,
     check: Callable[[Request], object],
     library: Any,
     defaults: dict[str, Any],
@@ -57,6 +58,7 @@ def do_job(
 
     options: of the command: output, model, dtype, format, shards, batch, skip_bad, dry_run, request, and of devices.
     source, kind: what opens the job's lines, and in which form they are.
+    config: of the model, which is loaded if a picture is missing.
     check: of every request (`check_of`). library: of adapters, which it has read.
     defaults: fields for lines that lack them.
     share: of several processes.
@@ -84,29 +86,41 @@ def do_job(
         for line in jobs.shown(left_out, NOTES, f", in {out / 'rejected.jsonl'}"):
             note(line)
         on_ready()
-        with progress_bars(options.model) as (on_convert, _):
-            like = None if options.dry_run else jobs.first_request(out, options.request)
-            pipe = load_model(options, on_convert, placement=placement, like=like, batch_size=options.batch)
-        pipe = dataclasses.replace(pipe, library=library)
+
+        def load() -> Any:
+            with progress_bars(options.model) as (on_convert, _):
+                like = None if options.dry_run else jobs.first_request(out, options.request)
+                pipe = load_model(options, on_convert, placement=placement, like=like, batch_size=options.batch)
+            return dataclasses.replace(pipe, library=library)
+
         if options.dry_run:
-            print(jobs.described(pipe, out, options.batch, share, options.request), end="")
+            print(jobs.described(load(), out, options.batch, share, options.request), end="")
             return 0
         columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=console(), disable=not console().is_terminal) as bars:
-            bar, clock, first = bars.add_task("", rate="", total=None), time.monotonic(), None
+        bars = Progress(*columns, TimeRemainingColumn(), console=console(), disable=not console().is_terminal)
+        bar, clock, first = bars.add_task("", rate="", total=None), 0.0, None
 
-            def progress(done: int, total: int) -> None:
-                nonlocal first
-                first = done - 1 if first is None else first
-                rate = (done - first) / max(1e-3, time.monotonic() - clock)
-                bars.update(bar, completed=done, total=total, rate=f"{rate:.2f} a second")
+        def begin() -> Any:
+            nonlocal clock
+            pipe, clock = load(), time.monotonic()
+            bars.start()
+            return pipe
 
-            def report(name: str, reason: str) -> None:
-                error(f"{name}: {reason}")
+        def progress(done: int, total: int) -> None:
+            nonlocal first
+            first = done - 1 if first is None else first
+            rate = (done - first) / max(1e-3, time.monotonic() - clock)
+            bars.update(bar, completed=done, total=total, rate=f"{rate:.2f} a second")
 
-            keys = dict(model=options.model, dtype=options.dtype, conversion=conversion, batch=options.batch)
-            keys |= dict(suffix=f".{options.format}", shards=options.shards, share=share, request_class=options.request)
-            done = jobs.run(pipe, out, **keys, report=report, progress=progress)
+        def report(name: str, reason: str) -> None:
+            error(f"{name}: {reason}")
+
+        keys = dict(model=options.model, dtype=options.dtype, config=config, conversion=conversion, batch=options.batch)
+        keys |= dict(suffix=f".{options.format}", shards=options.shards, share=share, request_class=options.request)
+        try:
+            done = jobs.run(begin, out, **keys, report=report, progress=progress)
+        finally:
+            bars.stop()
         on_done()
     print(f"{done.made} pictures made, {done.before} were there before, {done.failed} failed")
     if done.failed:

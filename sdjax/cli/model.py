@@ -57,13 +57,14 @@ def load_model(
     *,
     like: Request | None = None,
     batch_size: int = 1,
+    continuous: bool = True,
     on_config: Callable[[ModelConfig], None] | None = None,
     **given: Any,
 ) -> Any:
     """The model that was asked for. given: what does not come from the options as they are.
 
     like: a request to come; while the parameters are read, its programs are compiled for `batch_size` at a time on each
-    device. on_config: see `sdjax.load`.
+    device. continuous: see `programs_for`. on_config: see `sdjax.load`.
     """
     from sdjax.devices.compilation import compile_in_background
     from sdjax.devices.placement import HERE
@@ -81,7 +82,7 @@ def load_model(
             if like.loras or "<lora:" in str(like.prompt):
                 return  # its programs are others, for adapters that are not read yet
             with suppress(ValueError, OSError):  # a request that cannot be made; it says so when its turn comes
-                options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes)
+                options = dict(dtype=named["dtype"], placement=named["placement"], shapes=shapes, continuous=continuous)
                 programs = programs_for(like, config, batch_size, tokenizer=tokenizer, **options)
                 start(programs.values())
 
@@ -97,7 +98,7 @@ def keep_programs() -> None:
 
     try:
         folder = programs_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         refuse_unwritable(folder)
         compilation.keep_programs(folder)
     except OSError as failure:

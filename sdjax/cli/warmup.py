@@ -11,8 +11,7 @@ from sdjax.request import Request, check_positive, check_request, parse_size
 
 def warmup(options: argparse.Namespace) -> int:
     """Compiles every program for one size and number of pictures."""
-    import jax
-
+    from sdjax.devices.compilation import kept_in
     from sdjax.pipeline.warmup import warm_up
 
     check_positive(count=options.count)
@@ -29,7 +28,7 @@ def warmup(options: argparse.Namespace) -> int:
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         if value >= 0.1:
             print(f"{value:7.1f} s  {name}")
-    folder = jax.config.values["jax_compilation_cache_dir"]
+    folder = kept_in()
     where = "not kept" if folder is None else f"kept in {folder}"
     print(f"{sum(seconds.values()):7.1f} s  {len(seconds)} programs; {where}")
     return 0

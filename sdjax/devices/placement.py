@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sdjax.devices.compilation import Ahead, Kept, identity_of
 from sdjax.devices.platform import compiler_options, pinned, written_for
 from sdjax.types import Params
 
@@ -109,6 +110,9 @@ class Program(Protocol):
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """For arguments of which shapes are enough (`jax.ShapeDtypeStruct`); nothing is computed."""
 
+    def ahead(self, *arguments: Any) -> Ahead:
+        """The same, to be made ready before it is called."""
+
     program: Any  # the jitted function itself
 
 
@@ -121,10 +125,11 @@ def parallelize(function: Callable[..., Any], per_picture: Sequence[bool], place
     """
     inside = written_for(placement.platform, function, kernels=placement.model_parallel == 1)
     options = None if placement.batch_invariant else compiler_options(placement.platform)  # `jax.pmap` takes none
+    said = _identity(function, f"parallelize {list(per_picture)} {options}", placement)
     if placement.batch_invariant:
         inside = _one_by_one(inside, per_picture)
     if placement.devices is None:
-        return _placed(jax.jit(inside, compiler_options=options), per_picture, placement)
+        return _placed(Kept(jax.jit(inside, compiler_options=options), said, None), per_picture, placement)
     if placement.parallel == "pmap":
         return _pmapped(inside, per_picture, placement)
     specs = tuple(PartitionSpec(DATA) if divided else PartitionSpec() for divided in per_picture)
@@ -136,17 +141,29 @@ def parallelize(function: Callable[..., Any], per_picture: Sequence[bool], place
         axis_names={DATA} if placement.model_parallel > 1 else {DATA, MODEL},
         check_vma=False,
     )
-    return _placed(jax.jit(mapped, compiler_options=options), per_picture, placement)
+    return _placed(Kept(jax.jit(mapped, compiler_options=options), said, placement.devices), per_picture, placement)
 
 
 def jitted(function: Callable[..., Any], placement: Placement) -> Program:
     """The function, compiled for a single picture: it runs where its arguments are."""
     inside = written_for(placement.platform, function, kernels=placement.devices is None)
-    program = jax.jit(inside, compiler_options=compiler_options(placement.platform))
-    return _program(program, program.lower, program)
+    options = compiler_options(placement.platform)
+    kept = Kept(
+        jax.jit(inside, compiler_options=options),
+        _identity(function, f"jitted {options}", placement),
+        placement.devices,
+    )
+    return _program(kept, kept.ahead, kept.jitted)
 
 
-def _placed(program: Any, per_picture: Sequence[bool], placement: Placement) -> Program:
+def _identity(function: Callable[..., Any], how: str, placement: Placement) -> str | None:
+    """What a program is and how it is placed, for processes to come; its devices are named elsewhere."""
+    said = identity_of(function)
+    fields = (placement.platform, placement.model_parallel, placement.batch_invariant)
+    return said and f"{said} {how} {fields} {placement.devices and len(placement.devices)}"
+
+
+def _placed(kept: Kept, per_picture: Sequence[bool], placement: Placement) -> Program:
     """A jitted function whose per-picture arguments are put on the devices of a placement first, so that they are the
     same kind of argument wherever they come from: else jit would compile for each.
     """
@@ -163,20 +180,21 @@ def _placed(program: Any, per_picture: Sequence[bool], placement: Placement) -> 
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     def call(*arguments: Any) -> Any:
-        return program(*_per_picture(put, per_picture, arguments))
+        return kept(*_per_picture(put, per_picture, arguments))
 
-    def lower(*arguments: Any) -> Any:
-        return program.lower(*_per_picture(shape, per_picture, arguments))
+    def ahead(*arguments: Any) -> Ahead:
+        return kept.ahead(*_per_picture(shape, per_picture, arguments))
 
-    return _program(call, lower, program)
+    return _program(call, ahead, kept.jitted)
 
 
-def _program(call: Callable[..., Any], lower: Callable[..., Any], program: Any) -> Program:
+def _program(call: Callable[..., Any], ahead: Callable[..., Ahead], program: Any) -> Program:
     """A program that is run and lowered inside `numerics`, so that what is compiled ahead is what runs. program: the
     jitted function itself.
     """
     pinned_call = pinned(call)
-    pinned_call.lower, pinned_call.program = pinned(lower), program  # type: ignore[attr-defined]
+    pinned_call.lower, pinned_call.program = lambda *arguments: ahead(*arguments)(), program  # type: ignore[attr-defined]
+    pinned_call.ahead = pinned(ahead)  # type: ignore[attr-defined]
     return cast(Program, pinned_call)
 
 
@@ -238,7 +256,8 @@ def _pmapped(function: Callable[..., Any], per_picture: Sequence[bool], placemen
         result = program(*_per_picture(split, per_picture, arguments))
         return jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), result)
 
-    def lower(*arguments: Any) -> Any:
-        return program.lower(*jax.eval_shape(lambda *leaves: _per_picture(split, per_picture, leaves), *arguments))
+    def ahead(*arguments: Any) -> Ahead:
+        shapes = jax.eval_shape(lambda *leaves: _per_picture(split, per_picture, leaves), *arguments)
+        return Ahead(program, shapes, shapes=lambda: jax.eval_shape(call, *arguments))
 
-    return _program(call, lower, program)
+    return _program(call, ahead, program)

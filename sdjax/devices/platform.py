@@ -9,7 +9,6 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 use_platform = jax.make_user_context(None)
@@ -73,7 +72,8 @@ def seeded_keys(seeds: Any) -> jax.Array:
     Made from their bits, so that neither another default generator nor JAX's offset of seeds changes them.
     """
     low = np.asarray(seeds, np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(np.stack([np.zeros_like(low), low], axis=-1)), impl=GENERATOR)
+    data = jax.device_put(np.stack([np.zeros_like(low), low], axis=-1))  # unlike `jnp.asarray` it compiles nothing
+    return jax.random.wrap_key_data(data, impl=GENERATOR)
 
 
 def environment() -> dict[str, str]:

@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -33,6 +33,7 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
+from sdjax.config import ModelConfig
 from sdjax.hints import hint
 from sdjax.jobs.job_file import SHOWN, Job, Line, Rejected, from_json, read_lines, to_json
 from sdjax.jobs.outputs import Files, Manifest, Shards, append
@@ -249,11 +250,12 @@ Progress = Callable[[int, int], None]
 
 
 def run(
-    pipe: Pipeline,
+    pipe: Pipeline | Callable[[], Pipeline],
     out: Path,
     *,
     model: str,
     dtype: str,
+    config: ModelConfig | None = None,
     conversion: dict[str, Any] | None = None,
     batch: int = BATCH,
     suffix: str = ".png",
@@ -267,6 +269,7 @@ def run(
 
     Pictures are encoded in threads while the device makes the next ones.
 
+    pipe: the model, or what loads it, which is called if a picture is missing; then config says what it will be.
     model, dtype, conversion: as they shall stand in the recipes.
     batch: pictures at once on each device.
     suffix: of picture files; shards: whether they go into WebDataset shards.
@@ -275,10 +278,13 @@ def run(
     report: called with (id, reason) for what could not be made; the others are made.
     progress: called with (pictures done, pictures in all).
     """
+    if config is None:
+        assert not callable(pipe)
+        config = pipe.config
     with (
-        Job(out / "jobs.jsonl", pipe.config.sampling, request_class) as job,
+        ExitStack() as opened,
+        Job(out / "jobs.jsonl", config.sampling, request_class) as job,
         Manifest(out, share) as manifest,
-        open(share.failures(out), "wb", buffering=0) as failures,
         ThreadPoolExecutor() as pool,
         ThreadPoolExecutor(1) as writing,  # what a thread has begun Ctrl-C does not cut off: a picture and its line
     ):
@@ -287,6 +293,8 @@ def run(
         pictures, lines = job.share(share)
         missing = np.array([picture not in manifest.entries for picture in pictures.tolist()], bool)
         total, before, made, failed = len(pictures), int((~missing).sum()), 0, 0
+        made_by = pipe if not callable(pipe) else pipe() if missing.any() else None
+        failures = opened.enter_context(open(share.failures(out), "wb", buffering=0))
         places: dict[str, tuple[int, int]] = {}  # id of a request under way -> picture, line
 
         def requests() -> Iterator[Request]:
@@ -324,14 +332,16 @@ def run(
 
         encoding: deque[tuple[Request, Recipe, Future[bytes]]] = deque()
         try:
-            for request, picture in pipe.batch(requests(), batch_size=batch, on_error=fail):
+            making = () if made_by is None else made_by.batch(requests(), batch_size=batch, on_error=fail)
+            for request, picture in making:
+                assert made_by is not None
                 try:
                     said: dict[str, Any] = dict(image=_hashed(request.image), mask=_hashed(request.mask))
                 except OSError as error:  # gone since it was read
                     fail(request, error)
                     continue
-                said |= dict(model=model, dtype=dtype, conversion=conversion, **pipe.files_of(request))
-                recipe = recipe_of(request, pipe.config.sampling, picture, image_size=pipe.config.image_size, **said)
+                said |= dict(model=model, dtype=dtype, conversion=conversion, **made_by.files_of(request))
+                recipe = recipe_of(request, config.sampling, picture, image_size=config.image_size, **said)
                 encoding.append((request, recipe, pool.submit(encoded, picture, recipe, suffix)))
                 while encoding and (encoding[0][2].done() or len(encoding) > ENCODING):
                     write(*encoding.popleft())

@@ -20,7 +20,7 @@ from sdjax.diffusion.plan import stack_plans
 from sdjax.diffusion.rows import Carry, Rows
 from sdjax.diffusion.sample import State, image_keys
 from sdjax.pipeline.prepare import Prepared, noise_of
-from sdjax.pipeline.programs import Programs, to_bytes
+from sdjax.pipeline.programs import Programs
 from sdjax.text.prompt import Prompts
 from sdjax.types import Array, Conditioning, Latent, Params
 
@@ -264,7 +264,8 @@ class Batches:
         last = [(place, one) for place, one in requests if one.second is None]
         made = None
         if last or any(second.sees_picture for _, second in again):
-            made = Made(last, *to_bytes(self._programs(requests[0][1]).decode(self.params, latents)))
+            of_model = self._programs(requests[0][1])
+            made = Made(last, *of_model.to_bytes(of_model.decode(self.params, latents)))
         if again:
             on_host = np.asarray(latents)
             pixels = None if made is None else np.asarray(made.pixels)

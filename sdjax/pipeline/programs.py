@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 
 from sdjax.config import ModelConfig, tiled
@@ -21,7 +20,7 @@ from sdjax.types import Array, Params
 
 
 class Programs(NamedTuple):
-    """The six programs that make pictures. Parameters are arguments, so that another checkpoint compiles nothing.
+    """The programs that make pictures. Parameters are arguments, so that another checkpoint compiles nothing.
 
     encode: (params, pictures f32[1, H, W, 3]) -> latents, a picture at a time.
     condition: clip_skip -> (params, prompts, rows, gates, known, mask, concat) -> (`Conditioning`, keys and values).
@@ -29,6 +28,7 @@ class Programs(NamedTuple):
     sample: (params, state, ticks i32[]) -> (carry, index, held), what has changed of the state.
     admit: (state, fresh, places) -> state, with the pictures of `fresh` in some places.
     decode: (params, latents) -> pictures f32[b, H, W, 3].
+    to_bytes: pictures -> u8[b, H, W, 3], and whether each is finite, bool[b].
     """
 
     encode: Program
@@ -37,6 +37,7 @@ class Programs(NamedTuple):
     sample: Program
     admit: Program
     decode: Program
+    to_bytes: Program
 
 
 def sample(params: Params, state: State, ticks: Array, *, config: ModelConfig) -> tuple[Carry, Array, Any]:
@@ -64,6 +65,7 @@ def programs(config: ModelConfig, placement: Placement) -> Programs:
         sample=of_params(("unet", "adapters"), sample, [True, False]),
         admit=parallelize(loop.admit, [True] * 3, dataclasses.replace(placement, batch_invariant=False)),
         decode=of_params(("vae",), functions.decode, [True]),
+        to_bytes=parallelize(to_bytes, [True], dataclasses.replace(placement, batch_invariant=False)),
     )
 
 
@@ -92,11 +94,11 @@ def _taking(parts: Sequence[str], program: Program) -> Program:
         return program(of(params), *arguments)
 
     call.lower = lambda params, *arguments: program.lower(of(params), *arguments)  # type: ignore[attr-defined]
+    call.ahead = lambda params, *arguments: program.ahead(of(params), *arguments)  # type: ignore[attr-defined]
     call.program = program.program  # type: ignore[attr-defined]
     return cast(Program, call)
 
 
-@jax.jit
 def to_bytes(pictures: Array) -> tuple[Array, Array]:
     """Pictures f32[b, H, W, 3] -> u8[b, H, W, 3], and whether each is finite, bool[b]."""
     return to_uint8(pictures), jnp.isfinite(pictures).all((1, 2, 3))

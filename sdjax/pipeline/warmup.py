@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from sdjax.config import ModelConfig
-from sdjax.devices.compilation import Lower, compilations, compile_in_background
+from sdjax.devices.compilation import Ahead, compilations, compile_in_background
 from sdjax.devices.placement import HERE, Placement
 from sdjax.devices.platform import pinned
 from sdjax.models.params import abstract_params, dtype_of
-from sdjax.pipeline import functions
 from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.prepare import Prepared, prepare
@@ -34,17 +33,20 @@ def programs_for(
     placement: Placement = HERE,
     shapes: Params | None = None,
     tokenizer: Tokenizer | None = None,
-) -> dict[str, Lower]:
-    """The programs that make pictures of a request's shape, by name; each is traced when it is called.
+    continuous: bool = True,
+) -> dict[str, Ahead]:
+    """The programs that make pictures of a request's shape, by name; each is lowered when it is called (`Ahead`).
 
-    Those that take longest to compile come first, and those of a second pass after those of the first. All is worked
-    out from shapes: there need be no parameters, and the devices of `placement` may be described ones
+    Those whose shapes the others need, and which are traced by now, come first: they are compiled while the next one is
+    traced; then those that take longest. A second pass comes after the first. All is worked out from shapes: there
+    need be no parameters, and the devices of `placement` may be described ones
     (`jax.experimental.topologies`).
 
     batch_size: pictures at once on each device.
     dtype: of the parameters.
     shapes: of the parameters, if they are known (`checkpoint.metadata`).
     tokenizer: by which prompts are divided into chunks; None: CLIP's own.
+    continuous: whether a finished picture makes room for the next one (`Pipeline.batch` without `progress`).
 
     Raises:
         ValueError, FileNotFoundError: as `Pipeline.batch`.
@@ -64,43 +66,45 @@ def programs_for(
     words = Words(tokenizer or clip_tokenizer(), config.clip.length, vocab_size=2**31)  # only their number counts
     one = prepare(request, config, config.name, words=words, encode=no_latents, sources={})
     passes = [one] if one.second is None else [one, one.second.one]
-    found: dict[str, Lower] = {}
+    found: dict[str, Ahead] = {}
     by_picture = one.second is not None and one.second.sees_picture
     for number, each in enumerate(passes):
-        lowers = _of_pass(each, config, params, batch_size, placement)
+        of_pass = _of_pass(each, config, params, batch_size, placement, continuous)
         if each.second is not None and not by_picture:
-            del lowers["decode"]  # the second pass starts from latents
+            del of_pass["decode"], of_pass["to_bytes"]  # the second pass starts from latents
         encodes = by_picture if number else request.image is not None
         if encodes or config.unet.in_channels == 9:
             width, height = each.source.size
             picture = jax.ShapeDtypeStruct((1, height, width, config.vae.image_channels), np.float32)
             of_model = programs_of_kind(config, placement, tiling=request.tiling)
-            lowers["encode"] = partial(of_model.encode.lower, params, picture)
-        found |= {f"{name} of the second pass" if number else name: lower for name, lower in lowers.items()}
+            of_pass["encode"] = of_model.encode.ahead(params, picture)
+        found |= {f"{name} of the second pass" if number else name: ahead for name, ahead in of_pass.items()}
     return found
 
 
 def _of_pass(
-    one: Prepared, config: ModelConfig, params: Params, batch_size: int, placement: Placement
-) -> dict[str, Lower]:
+    one: Prepared, config: ModelConfig, params: Params, batch_size: int, placement: Placement, continuous: bool
+) -> dict[str, Ahead]:
     """The programs of one pass, but for that which encodes pictures."""
     request, uniform = one.request, placement.model_parallel > 1
     batch = assemble([one] * batch_size * placement.data_parallel, config, uniform=uniform)
-    condition = partial(jax.eval_shape, partial(functions.condition, config=config, skip=request.clip_skip))
-    state = state_of(
-        batch, initial(partial(jax.eval_shape, functions.initial_latents), batch), conditioned(condition, params, batch)
-    )
     of_model = programs_of_kind(config, placement, tiling=request.tiling)
-    lowers: dict[str, Lower] = {
-        "sample": partial(of_model.sample.lower, params, state, np.int32(1)),
-        "decode": partial(of_model.decode.lower, params, state.carry.x),
-        "condition": partial(conditioned, of_model.condition(request.clip_skip).lower, params, batch),
-        "initial_latents": partial(initial, of_model.initial_latents.lower, batch),
+    start = initial(of_model.initial_latents.ahead, batch)
+    condition = conditioned(of_model.condition(request.clip_skip).ahead, params, batch)
+    state = state_of(batch, start.shapes(), condition.shapes())
+    b, h, w, _ = state.carry.x.shape
+    pixels = (b, h * config.vae.downscale, w * config.vae.downscale, config.vae.image_channels)
+    found = {
+        "condition": condition,
+        "initial_latents": start,
+        "sample": of_model.sample.ahead(params, state, np.int32(1)),
+        "decode": of_model.decode.ahead(params, state.carry.x),
+        "to_bytes": of_model.to_bytes.ahead(jax.ShapeDtypeStruct(pixels, np.float32)),
     }
-    if not uniform:
-        lowers["admit"] = partial(of_model.admit.lower, state, state, batch.calls)
-        lowers["admit_latents"] = partial(of_model.admit.lower, state.carry.x, state.carry.x, batch.calls)
-    return lowers
+    if continuous and not uniform:
+        found["admit"] = of_model.admit.ahead(state, state, batch.calls)
+        found["admit_latents"] = of_model.admit.ahead(state.carry.x, state.carry.x, batch.calls)
+    return found
 
 
 def warm_up(pipe: Pipeline, width: int, height: int, batch_size: int) -> dict[str, float]:

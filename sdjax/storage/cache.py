@@ -1,7 +1,7 @@
 """What is kept between processes: where, and how files are known by their content.
 
 CACHE/converted/   foreign models as our checkpoints, named after a hash of the content (`sdjax.load.converted`)
-CACHE/programs/    compiled programs, by what they compute (JAX's own cache)
+CACHE/programs/    compiled programs, by all that they depend on (`sdjax.devices.compilation`)
 CACHE/digests.json sha256 of large files, by what the file system says of them (`digest_of`)
 CACHE/pictures/    which pictures of a data set cannot be decoded, by the same (`remembered`)
 """

@@ -1,0 +1,127 @@
+"""First and second start: seconds before the first picture, beside another version of this project in one run.
+
+    python examples/benchmarks/start.py [--against DIR] [--rounds 7] [--full] [--folder DIR]
+
+A first start finds no compiled programs, a second one those that the first has kept. Each is a process of its own with
+a cache of its own, this checkout and the one in --against DIR (`git worktree add DIR COMMIT`) taking turns.
+
+    picture     `sdjax txt2img "red heart"` with the model in the box, from the start of Python to its end
+    full        with --full: the same for Stable Diffusion 1.5 at 512x512, random float32 weights in a checkpoint
+                of ours (4.3 GB in --folder, in the page cache), until the first step can begin
+    imports     of what these commands import, alone
+
+Medians of wall seconds, and of the processor's (a machine that others use has its waiting in the former alone).
+
+Two shared CPU cores (AMD EPYC, AVX-512) with other work on them, jax 0.10.2, 2026-11-27, against c87bdd3; processor
+seconds, since the wall's were not steady. The picture: medians of 3 rounds; full: one round:
+
+                               here   c87bdd3   ratio
+    picture, first start       10.8      12.5    0.86
+    picture, second start       2.0       3.7    0.54   of which imports 0.81 and 0.88
+    full, first start          27.2      24.1    1.13   (the wall 186 and 125 s, beside other work that came and went)
+    full, second start         10.0      12.9    0.78   (the wall 34 and 17 s, the same)
+
+No bound is met yet. What is left of a picture's second start: imports 0.8, reading executables 0.4, sampling 0.2.
+
+Bounds: a second start at most 0.45 of that of c87bdd3, and compiling, which is a first start less a second one's
+reading, at most 0.8.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+IMPORTS = "import jax, sdjax.cli.generate, sdjax.load, sdjax.pipeline.recipe, sdjax.pipeline.warmup"
+
+UNTIL_THE_FIRST_STEP = """
+import os, sys
+from sdjax.cli.run import run
+from sdjax.pipeline.batching import Batches
+
+def begin(*_):
+    sys.stdout.flush()
+    os._exit(0)
+
+Batches._started = begin
+run(sys.argv[1:])
+sys.exit("the first step never came")
+"""
+
+
+def write_full_model(folder: Path) -> None:
+    """Stable Diffusion 1.5 with random weights, as a checkpoint of ours."""
+    from sdjax.config import SD15
+    from sdjax.models.params import random_params
+    from sdjax.storage import checkpoint
+
+    checkpoint.save(folder, SD15, random_params(SD15))
+
+
+def measure(checkout: Path, cache: Path, arguments: list[str]) -> tuple[float, float]:
+    """Wall and processor seconds of Python with these arguments, on the package of a checkout.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "SDJAX_CACHE": str(cache)}
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    command = [sys.executable, *arguments]
+    subprocess.run(command, env=environment, cwd=cache, check=True, stdout=subprocess.DEVNULL)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of this project")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--full", action="store_true", help="a full-size model, too")
+    parser.add_argument("--folder", type=Path, help="for the full-size model (4.3 GB) and caches")
+    options = parser.parse_args()
+    checkouts = {"here": ROOT} | ({} if options.against is None else {"against": options.against.resolve()})
+    picture = ["-m", "sdjax.cli", "txt2img", "red heart", "--seed", "1", "-o", "heart.png"]
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        commands = {"picture": picture}
+        if options.full:
+            write_full_model(folder / "sd15")
+            asked = ["txt2img", "a photograph of an astronaut riding a horse", "--model", str(folder / "sd15")]
+            commands["full"] = ["-c", UNTIL_THE_FIRST_STEP, *asked, "--size", "512x512"]
+        for number in range(options.rounds + 1):  # the first reads everything from the disk, and does not count
+            for what, command in commands.items():
+                for start in ("first start", "second start"):
+                    for side, checkout in checkouts.items():
+                        cache = folder / f"{what}-{side}"
+                        if start == "first start":
+                            shutil.rmtree(cache, ignore_errors=True)
+                            cache.mkdir()
+                        found = measure(checkout, cache, command)
+                        seconds.setdefault((f"{what}, {start}", side), []).append(found)
+            for side, checkout in checkouts.items():
+                found = measure(checkout, folder, ["-c", IMPORTS])
+                seconds.setdefault(("imports", side), []).append(found)
+            print(f"round {number} of {options.rounds}", file=sys.stderr)
+    counted = {key: found[1:] or found for key, found in seconds.items()}
+    medians = {
+        key: [statistics.median(column) for column in zip(*found, strict=True)] for key, found in counted.items()
+    }
+    for what in dict.fromkeys(what for what, _ in medians):
+        (wall, cpu), other = medians[what, "here"], medians.get((what, "against"))
+        line = f"{what:24}{wall:8.2f} s wall {cpu:8.2f} s processor"
+        if other is not None:
+            line += f"   against {other[0]:8.2f} and {other[1]:8.2f}   {wall / other[0]:5.2f} and {cpu / other[1]:5.2f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
