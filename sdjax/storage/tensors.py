@@ -46,7 +46,7 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WORKERS = 2  # threads that make tensors, which is copying: numpy and reading let others run
 AHEAD = 2  # tensors made before they are written
-BLOCK, BLOCKS = 2**22, 3  # bytes written at once, and buffers of that size
+BLOCK, BLOCKS = 2**21, 3  # bytes written at once, and buffers of that size
 ALIGNED = 64  # bytes; of an array so aligned JAX makes its own on a CPU without copying it
 
 
@@ -76,10 +76,13 @@ def write(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str] | N
 
     def parts() -> Iterator[np.ndarray]:
         yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
-        for tensor, array in zip(tensors, in_order([tensor.make for tensor in tensors]), strict=True):
-            if (array.dtype, array.size) != (tensor.dtype, math.prod(tensor.shape)):
-                raise ValueError(f"{tensor.name}: {array.dtype} {array.shape} instead of {tensor.dtype} {tensor.shape}")
+        arrays = in_order([tensor.make for tensor in tensors])
+        for name, dtype, shape, _ in tensors:
+            array = next(arrays)
+            if (array.dtype, array.size) != (dtype, math.prod(shape)):
+                raise ValueError(f"{name}: {array.dtype} {array.shape} instead of {dtype} {shape}")
             yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            del array  # before the next one is waited for
 
     write_parts(path, parts())
 
@@ -136,6 +139,7 @@ def write_parts(path: Path, parts: Iterable[np.ndarray]) -> None:
                             future.result()
                             free.append(written)
                         block = free.pop()
+                del part  # before the next one is waited for
             for future, _ in under_way:
                 future.result()
             _write_as_usual(handle)  # the rest is no whole number of sectors
