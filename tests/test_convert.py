@@ -589,8 +589,8 @@ def test_interrupting_leaves_nothing(folder, tmp_path):
     code = (
         "import sys, time, sdjax.storage.tensors as w\n"
         "whole = w.in_order\n"
-        "def slow(tensors):\n"
-        "    for array in whole(tensors):\n"
+        "def slow(*options):\n"
+        "    for array in whole(*options):\n"
         "        print('.', flush=True); time.sleep(0.2); yield array\n"
         "w.in_order = slow\n"
         "from convert.__main__ import main\n"

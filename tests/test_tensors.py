@@ -122,18 +122,24 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
             tensors.write_parts(tmp_path / "m", [np.zeros(size, np.uint8)])
 
 
-def test_no_more_than_a_few_are_made_before_they_are_written():
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("ahead", [0, 10, 35])
+def test_no_more_is_made_ahead_than_was_said(ahead, workers):
+    sizes = [10, 3, 40, 1, 1, 1, 20, 20, 5] * 5
     made, lock = [], threading.Lock()
 
-    def make(number):
+    def make(at):
         with lock:
-            made.append(number)
-        return number
+            made.append(at)
+        return at
 
-    for taken, number in enumerate(tensors.in_order([lambda i=i: make(i) for i in range(50)], ahead=2)):
-        assert number == taken
-        assert len(made) <= taken + 3
-    assert sorted(made) == list(range(50))
+    calls = ((size, lambda at=at: make(at)) for at, size in enumerate(sizes))
+    for expected, at in enumerate(tensors.in_order(calls, workers, ahead)):
+        assert at == expected
+        with lock:
+            waiting = [sizes[i] for i in made if i > at]
+        assert len(waiting) <= 1 or sum(waiting) <= ahead * workers
+    assert sorted(made) == list(range(len(sizes)))
 
 
 def test_the_rest_is_not_made_after_an_error(tmp_path):
@@ -142,10 +148,10 @@ def test_the_rest_is_not_made_after_an_error(tmp_path):
     def fail():
         raise ValueError("too large")
 
-    later = [Tensor(f"t{i}", np.dtype("f4"), (1,), lambda i=i: made.append(i)) for i in range(20)]
+    later = [Tensor(f"t{i}", np.dtype("f4"), (2**23,), lambda i=i: made.append(i)) for i in range(20)]
     with pytest.raises(ValueError, match="too large"):
         tensors.write(tmp_path / "m", [Tensor("first", np.dtype("f4"), (1,), fail), *later])
-    assert len(made) <= tensors.AHEAD
+    assert len(made) <= tensors.AHEAD // 2**25
 
 
 def test_a_tensor_that_is_not_what_was_said_is_refused(tmp_path):

@@ -83,19 +83,19 @@ def doing(name: str, *paths: Path) -> list[str]:
     return [sys.executable, __file__, "--do", name, *map(str, paths)]
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Seconds until the command has ended, and its peak resident memory in bytes."""
+def measure(command: list[str]) -> tuple[float, float, int]:
+    """Seconds until the command has ended, those that processors worked for it, and its peak resident memory in bytes."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def compare(commands: dict[str, tuple[list[str], Path | None]], rounds: int, size: int) -> None:
     """Prints the medians of commands that run in turn, beside the first one's. Their outputs, if any, are removed."""
-    results: dict[str, list[tuple[float, int]]] = {title: [] for title in commands}
+    results: dict[str, list[tuple[float, float, int]]] = {title: [] for title in commands}
     for _ in range(rounds):
         for title, (command, output) in commands.items():
             results[title].append(measure(command))
@@ -103,15 +103,14 @@ def compare(commands: dict[str, tuple[list[str], Path | None]], rounds: int, siz
                 shutil.rmtree(output) if output.is_dir() else output.unlink()
                 os.sync()
     first, *_ = results
-    base = statistics.median(seconds for seconds, _ in results[first])
-    print(f"{'':34} seconds  (from - to)    of the first  peak memory  of the file ({size:,} bytes)")
+    base = statistics.median(seconds for seconds, _, _ in results[first])
+    print(f"{'':28} seconds  (from - to)    of the first  CPU s  peak memory  of the file ({size:,} bytes)")
     for title, figures in results.items():
-        seconds = [seconds for seconds, _ in figures]
-        median, memory = statistics.median(seconds), max(memory for _, memory in figures)
-        spread = f"({min(seconds):.1f} - {max(seconds):.1f})"
+        seconds, processors, memory = zip(*figures, strict=True)
+        median, spread = statistics.median(seconds), f"({min(seconds):.1f} - {max(seconds):.1f})"
         print(
-            f"{title:34} {median:7.1f}  {spread:13}  {median / base:10.2f}  "
-            f"{memory / 1e9:8.2f} GB  {memory / size:11.2f}",
+            f"{title:28} {median:7.1f}  {spread:13}  {median / base:12.2f}  {statistics.median(processors):5.1f}  "
+            f"{max(memory) / 1e9:8.2f} GB  {max(memory) / size:11.2f}",
             flush=True,
         )
 

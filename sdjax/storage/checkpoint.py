@@ -37,6 +37,7 @@ from sdjax.types import Params
 
 PIECE = 2**29  # bytes of parameters that are written together
 TENSORS = "params.safetensors"
+WORKERS = 2  # threads that read parameters, or lay them out
 SEAL = "seal"
 STORED = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16)}
 LAYOUT = 1  # changes when the networks' parameters change their names or shapes; tests/test_models.py watches them
@@ -137,7 +138,7 @@ def write_tensors(file: Path, params: Params, force: bool = False) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     with new_file(file, force) as temporary:
-        tensors.write(temporary, tensors.sorted_by_dtype(flat))
+        tensors.write(temporary, tensors.sorted_by_dtype(flat), workers=WORKERS)
 
 
 def read_tensors(file: Path) -> Params:
@@ -249,7 +250,8 @@ def _placed(stored: Params, targets: Params) -> Params:
 
     leaves, tree = jax.tree.flatten(stored)
     likes = jax.tree.leaves(targets)
-    arrays = tensors.in_order([partial(cast, leaf, like) for leaf, like in zip(leaves, likes, strict=True)])
+    calls = [(leaf.place.nbytes, partial(cast, leaf, like)) for leaf, like in zip(leaves, likes, strict=True)]
+    arrays = tensors.in_order(calls, WORKERS)
     return jax.tree.unflatten(
         tree,
         [

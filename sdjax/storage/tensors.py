@@ -44,8 +44,7 @@ DTYPES: dict[str, np.dtype] = {
 """
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WORKERS = 2  # threads that make tensors, which is copying: numpy and reading let others run
-AHEAD = 2  # tensors made before they are written
+AHEAD = 2**26  # bytes of tensors that a thread makes before they are needed
 BLOCK, BLOCKS = 2**21, 3  # bytes written at once, and buffers of that size
 ALIGNED = 64  # bytes; of an array so aligned JAX makes its own on a CPU without copying it
 
@@ -58,25 +57,33 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def write(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None) -> None:
+
+def write(
+    path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None, *, workers: int = 1
+) -> None:
     """Writes a file of these tensors, in this order; the next ones are made while one is written.
+
+    workers: threads that make them. One keeps up with the writing if it only copies; two do if it turns axes.
 
     Raises:
         OSError: it could not be written. What `make` of a tensor raises.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for name, dtype, shape, _ in tensors:
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [end, end + size]}
-        end += size
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def parts() -> Iterator[np.ndarray]:
         yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
-        arrays = in_order([tensor.make for tensor in tensors])
+        arrays = in_order([(tensor.nbytes, tensor.make) for tensor in tensors], workers)
         for name, dtype, shape, _ in tensors:
             array = next(arrays)
             if (array.dtype, array.size) != (dtype, math.prod(shape)):
@@ -93,19 +100,26 @@ def sorted_by_dtype(tensors: Iterable[Tensor]) -> list[Tensor]:
     return sorted(tensors, key=lambda tensor: (order.index(tensor.dtype), tensor.name))
 
 
-def in_order(calls: Iterable[Callable[[], Value]], workers: int = WORKERS, ahead: int = AHEAD) -> Iterator[Value]:
-    """What these functions give, one after another; the next ones are called in threads in the meantime."""
+def in_order(calls: Iterable[tuple[int, Callable[[], Value]]], workers: int, ahead: int = AHEAD) -> Iterator[Value]:
+    """What functions give, one after another; the next ones are called in threads in the meantime.
+
+    calls: how many bytes it will be, and the function. workers: how many threads. ahead: bytes for each of them of what
+    is made or waits; one may be larger.
+    """
     with ThreadPoolExecutor(workers) as pool:
-        under_way: deque[Future[Value]] = deque()
+        under_way: deque[tuple[int, Future[Value]]] = deque()
+        held = 0
         try:
-            for call in calls:
-                under_way.append(pool.submit(call))
-                if len(under_way) > ahead:
-                    yield under_way.popleft().result()
+            for size, call in calls:
+                while under_way and held + size > ahead * workers:
+                    held -= under_way[0][0]
+                    yield under_way.popleft()[1].result()
+                under_way.append((size, pool.submit(call)))
+                held += size
             while under_way:
-                yield under_way.popleft().result()
+                yield under_way.popleft()[1].result()
         finally:
-            for future in under_way:
+            for _, future in under_way:
                 future.cancel()
 
 
@@ -183,6 +197,11 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     begin: int
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def places(file: Path) -> dict[str, Place]:
     """The tensors of a file by name, in its order.
@@ -217,7 +236,7 @@ def read(file: Path, place: Place) -> np.ndarray:
     Raises:
         ValueError: the file got shorter. OSError: it cannot be read.
     """
-    size = math.prod(place.shape) * place.dtype.itemsize
+    size = place.nbytes
     memory = np.empty(size + ALIGNED, np.uint8)
     first = -memory.ctypes.data % ALIGNED
     array = memory[first : first + size]
