@@ -1,10 +1,10 @@
-"""Our own checkpoint: a folder with `config.json`, the parameters in Orbax' format, and its tokenizer if any.
+"""Our own checkpoint: a folder with `config.json`, the parameters, and its tokenizer if any.
 
-    model/config.json    `ModelConfig.to_json`
-    model/params/        Orbax, one array for each leaf of {"text", "vae", "unet"}, uncompressed
-                         or params.safetensors: the same in one file, for small models (`write_tensors`)
-    model/tokenizer/     vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
-    model/seal           says that names and shapes were checked against config.json (`_seal`); may be absent
+    model/config.json         `ModelConfig.to_json`
+    model/params.safetensors  the leaves of {"text", "vae", "unet"} in one file (`write_tensors`), as conversions write it
+    model/params/             or this: one array for each leaf in Orbax' format, uncompressed
+    model/tokenizer/          vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
+    model/seal                says that names and shapes were checked against config.json (`_seal`); may be absent
 
 A checkpoint is written under a temporary name next to its final one and renamed when it is whole. The dtype policy is
 that of `sdjax.models.params`.
@@ -62,7 +62,8 @@ def save(
     """Writes a checkpoint.
 
     params: {"text", "vae", "unet"} of arrays. tokenizer: a folder to copy in, or None. one_file: the parameters as
-    params.safetensors instead of Orbax' folder, which is quicker to open and suits small models.
+    params.safetensors instead of Orbax' folder. A full-size model is written and read in half the time then, with half
+    the memory (examples/benchmarks/conversion.py), but every array must be in this process.
 
     Leaves may also be anything with shape and dtype that `np.asarray` takes (`convert.lazy`): each is asked for once.
 
@@ -209,7 +210,7 @@ def restore(
     """A checkpoint's configuration and parameters, put on the device.
 
     dtype: "float32", "bfloat16" or "float16" to cast on the way (None: as stored). sharding: leaf -> where it goes (the
-    default device); of a leaf that goes to devices in parts, each part alone is read for its device. on_shapes: called
+    default device); of a leaf that goes to devices in parts, each device gets its part alone. on_shapes: called
     with the configuration and what `metadata` gives, before anything large is read.
 
     Raises:
