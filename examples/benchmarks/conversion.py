@@ -84,7 +84,7 @@ def doing(name: str, *paths: Path) -> list[str]:
 
 
 def measure(command: list[str]) -> tuple[float, float, int]:
-    """Seconds until the command has ended, those that processors worked for it, and its peak resident memory in bytes."""
+    """Seconds until a command has ended, those of processors at work for it, and its peak resident memory in bytes."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,7 +1,7 @@
 """Our own checkpoint: a folder with `config.json`, the parameters, and its tokenizer if any.
 
     model/config.json         `ModelConfig.to_json`
-    model/params.safetensors  the leaves of {"text", "vae", "unet"} in one file (`write_tensors`), as conversions write it
+    model/params.safetensors  the leaves of {"text", "vae", "unet"} in one file (`write_tensors`); conversions write it
     model/params/             or this: one array for each leaf in Orbax' format, uncompressed
     model/tokenizer/          vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
     model/seal                says that names and shapes were checked against config.json (`_seal`); may be absent
