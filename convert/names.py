@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,7 +98,7 @@ def _transposed(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     view = array.transpose(axes)
     long = slice(-2, None) if axes[-1] == 0 else slice(2)
     for begin in itertools.product(*(range(0, length, TILE) for length in out.shape[long])):
-        tile = tuple(slice(i, i + TILE) for i in begin)
+        tile: tuple[Any, ...] = tuple(slice(i, i + TILE) for i in begin)
         part = (..., *tile) if axes[-1] == 0 else tile
         out[part] = view[part]
     return out
