@@ -152,7 +152,7 @@ def write(options: argparse.Namespace, converted: Converted, metadata: Mapping[s
     if to == "diffusers":
         write_diffusers(destination, config, params, tokenizer=tokenizer, force=options.force)
     else:
-        checkpoint.save(destination, config, params, tokenizer=tokenizer, force=options.force)
+        checkpoint.save(destination, config, params, tokenizer=tokenizer, one_file=True, force=options.force)
     return []
 
 

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from sdjax.models.params import abstract_params
 Part = Literal["text", "vae", "unet"]
 PARTS: tuple[Part, ...] = ("text", "vae", "unet")
 Path = tuple[str, ...]  # the keys of a leaf within its part
+TILE = 64
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,17 @@ class Entry:
 
 
 def _transposed(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """A C-contiguous copy of array.transpose(axes), where the first axis becomes the last or the last the first.
+    """A C-contiguous copy of array.transpose(axes), where the first axes become the last or the last the first.
 
-    That axis is copied 64 entries at a time: 2 to 5 times as fast as all at once, whose writes miss the cache.
+    Of its two long axes 64 entries each are copied at a time: what is read and what is written stay in the cache, which
+    takes half the time of copying along one of them.
     """
     out = np.empty([array.shape[axis] for axis in axes], array.dtype)
     view = array.transpose(axes)
-    for i in range(0, array.shape[0 if axes[-1] == 0 else -1], 64):
-        part = (..., slice(i, i + 64)) if axes[-1] == 0 else (slice(i, i + 64),)
+    long = slice(-2, None) if axes[-1] == 0 else slice(2)
+    for begin in itertools.product(*(range(0, length, TILE) for length in out.shape[long])):
+        tile: tuple[Any, ...] = tuple(slice(i, i + TILE) for i in begin)
+        part = (..., *tile) if axes[-1] == 0 else tile
         out[part] = view[part]
     return out
 

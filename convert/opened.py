@@ -96,7 +96,7 @@ def _our_checkpoint(path: Path, report: Report) -> Converted:
     report.parts = {part: str(path) for part in stored}
     tokenizer = path / "tokenizer"
     if (path / checkpoint.TENSORS).is_file():
-        params = checkpoint.read_tensors(path / checkpoint.TENSORS)  # which only small models have
+        params = checkpoint.later_tensors(path / checkpoint.TENSORS)
     else:
         params = _read_later(path, stored)
     return Converted(config, params, report, tokenizer if tokenizer.is_dir() else None)

@@ -7,14 +7,12 @@ one by one; the result appears under its final name only when it is whole.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +24,12 @@ from convert.names import PARTS, Entry, entries, text_spelling
 from convert.tensors import Leaf
 from sdjax.config import ModelConfig
 from sdjax.storage.files import new_file, new_folder
+from sdjax.storage.tensors import Tensor
+from sdjax.storage.tensors import write as write_file
 from sdjax.text.tokenizer import END, START, clip_tokenizer
 from sdjax.types import Params
 
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SLICE = 2**18  # bytes per write; larger ones make Linux look for large free pages, which can be 3 times slower
-AHEAD = 2  # tensors prepared before they are written
-Tensor = tuple[str, Entry, Params]  # its name in the file, what it is, and the part's tree
+Named = tuple[str, Entry, Params]  # a tensor's name in the file, what it is, and the part's tree
 
 
 def write_safetensors(
@@ -61,8 +58,8 @@ def write_safetensors(
         for entry in entries(config, part, spellings[part])
     ]
     header = {**metadata, "format": "pt", CONFIG_KEY: config.to_json()}
-    with new_file(Path(path), force) as temporary, open(temporary, "wb") as file:
-        _write(file, tensors, header)
+    with new_file(Path(path), force) as temporary:
+        _write(temporary, tensors, header)
 
 
 def write_diffusers(
@@ -88,8 +85,7 @@ def write_diffusers(
         for part in PARTS:
             prefix = "text_model." if part == "text" else ""
             tensors = [(prefix + entry.name, entry, params[part]) for entry in entries(config, part, "diffusers")]
-            with open(folder / FOLDERS[part] / f"{STEMS[part]['.safetensors']}.safetensors", "wb") as file:
-                _write(file, tensors, {"format": "pt"})
+            _write(folder / FOLDERS[part] / f"{STEMS[part]['.safetensors']}.safetensors", tensors, {"format": "pt"})
 
 
 def write_tokenizer(folder: Path, config: ModelConfig, own: Path | None) -> None:
@@ -122,49 +118,23 @@ def write_tokenizer(folder: Path, config: ModelConfig, own: Path | None) -> None
     )
 
 
-def _leaves(tensor: Tensor) -> list[Any]:
+def _leaves(entry: Entry, params: Params) -> list[Any]:
     found = []
-    for path in tensor[1].leaves:
-        leaf: Any = tensor[2]
+    for path in entry.leaves:
+        leaf: Any = params
         for key in path:
             leaf = leaf[key]
         found.append(leaf)
     return found
 
 
-def _write(file: BinaryIO, tensors: list[Tensor], metadata: dict[str, str]) -> None:
-    """The format: the header's length (8 bytes, little endian), the header as JSON, the tensors one after another."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for tensor in tensors:
-        name, entry, _ = tensor
-        dtype = jnp.dtype(_leaves(tensor)[0].dtype)
-        size = math.prod(entry.shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": entry.shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for array in _arrays(tensors):
-        data = array.reshape(-1).view(np.uint8).data
-        for begin in range(0, len(data), SLICE):
-            file.write(data[begin : begin + SLICE])
-
-
-def _arrays(tensors: list[Tensor]) -> Iterator[np.ndarray]:
-    """Every tensor, laid out for the file; the next ones are prepared while one is written."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead: deque[Future[np.ndarray]] = deque()
-        try:
-            for tensor in tensors:
-                ahead.append(pool.submit(laid_out, tensor[1], _leaves(tensor)))
-                if len(ahead) > AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+def _write(file: Path, named: list[Named], metadata: dict[str, str]) -> None:
+    """A file of these tensors, laid out one by one."""
+    tensors = []
+    for name, entry, params in named:
+        leaves = _leaves(entry, params)
+        tensors.append(Tensor(name, jnp.dtype(leaves[0].dtype), entry.shape, partial(laid_out, entry, leaves)))
+    write_file(file, tensors, metadata)
 
 
 def laid_out(entry: Entry, leaves: list[Any]) -> np.ndarray:

@@ -328,7 +328,9 @@ def converted(
     with _alone_in(target.parent):
         if _kept_config(target) is None:
             with convert.lazy(path, dtype="keep", progress=progress, **given) as result:
-                checkpoint.save(target, result.config, result.params, tokenizer=result.tokenizer, force=True)
+                checkpoint.save(
+                    target, result.config, result.params, tokenizer=result.tokenizer, one_file=True, force=True
+                )
             notes = result.report.notes
             for text in notes[:NOTES]:
                 warnings.warn(f"{path}: {text}", stacklevel=2)

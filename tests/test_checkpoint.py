@@ -14,10 +14,10 @@ from sdjax.models.params import DTYPES, cast, dtype_of, random_params
 from sdjax.storage import checkpoint, files
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tiny_params):
+@pytest.fixture(scope="module", params=[False, True], ids=["orbax", "one_file"])
+def saved(request, tmp_path_factory, tiny_params):
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    checkpoint.save(path, TINY, tiny_params)
+    checkpoint.save(path, TINY, tiny_params, one_file=request.param)
     return path
 
 
@@ -82,6 +82,33 @@ def test_restoring_places_leaves_as_asked(saved):
     sharding = NamedSharding(mesh, PartitionSpec())
     _, params = checkpoint.restore(saved, sharding=lambda leaf: sharding)
     assert params["unet"]["conv_in"]["kernel"].sharding == sharding
+
+
+def test_of_a_divided_leaf_each_device_gets_its_part(saved, tiny_params):
+    mesh = jax.make_mesh((2,), ("model",))
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "model"))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def placed(leaf):
+        return sharding if len(leaf.shape) == 4 and leaf.shape[-1] % 2 == 0 else whole
+
+    _, params = checkpoint.restore(saved, sharding=placed)
+    kernel = params["unet"]["conv_in"]["kernel"]
+    assert [shard.data.shape[-1] for shard in kernel.addressable_shards] == [kernel.shape[-1] // 2] * 2
+    assert_same(params, tiny_params)
+
+
+def test_parameters_in_one_file_are_read_when_they_are_asked_for(tmp_path, tiny_params):
+    checkpoint.save(tmp_path / "m", TINY, tiny_params, one_file=True)
+    file = tmp_path / "m" / checkpoint.TENSORS
+    later = checkpoint.later_tensors(file)
+    assert_same(later, tiny_params)
+    file.write_bytes(file.read_bytes()[:-1])
+    last = max(jax.tree.leaves(later), key=lambda leaf: leaf.place.begin)
+    with pytest.raises(ValueError, match=r"params\.safetensors: the parameters cannot be read \(the file is cut off\)"):
+        np.asarray(last)
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.restore(tmp_path / "m")
 
 
 def test_pieces_are_put_together(tmp_path, monkeypatch, tiny_params):

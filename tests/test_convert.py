@@ -579,7 +579,7 @@ def test_unwritable_places_are_named(folder, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr("convert.write._arrays", full)
+    monkeypatch.setattr("sdjax.storage.tensors.in_order", full)
     assert main([str(folder), str(tmp_path / "out.safetensors")]) == 2
     assert "No space left" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -587,12 +587,12 @@ def test_unwritable_places_are_named(folder, tmp_path, capsys, monkeypatch):
 
 def test_interrupting_leaves_nothing(folder, tmp_path):
     code = (
-        "import sys, time, convert.write as w\n"
-        "whole = w._arrays\n"
-        "def slow(tensors):\n"
-        "    for array in whole(tensors):\n"
+        "import sys, time, sdjax.storage.tensors as w\n"
+        "whole = w.in_order\n"
+        "def slow(*options):\n"
+        "    for array in whole(*options):\n"
         "        print('.', flush=True); time.sleep(0.2); yield array\n"
-        "w._arrays = slow\n"
+        "w.in_order = slow\n"
         "from convert.__main__ import main\n"
         f"sys.exit(main([{str(folder)!r}, {str(tmp_path / 'out.safetensors')!r}]))\n"
     )

@@ -96,7 +96,7 @@ def test_a_model_is_known_by_its_content_whatever_its_times_say(folder, cache, t
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["config.json", "params", "tokenizer/vocab.json"])
+@pytest.mark.parametrize("damage", ["config.json", "params.safetensors", "tokenizer/vocab.json"])
 def test_a_kept_conversion_that_is_damaged_is_regenerated(folder, cache, damage):
     load(folder)
     (kept,) = cache.iterdir()

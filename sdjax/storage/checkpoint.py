@@ -1,10 +1,10 @@
-"""Our own checkpoint: a folder with `config.json`, the parameters in Orbax' format, and its tokenizer if any.
+"""Our own checkpoint: a folder with `config.json`, the parameters, and its tokenizer if any.
 
-    model/config.json    `ModelConfig.to_json`
-    model/params/        Orbax, one array for each leaf of {"text", "vae", "unet"}, uncompressed
-                         or params.safetensors: the same in one file, for small models (`write_tensors`)
-    model/tokenizer/     vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
-    model/seal           says that names and shapes were checked against config.json (`_seal`); may be absent
+    model/config.json         `ModelConfig.to_json`
+    model/params.safetensors  the leaves of {"text", "vae", "unet"} in one file (`write_tensors`); conversions write it
+    model/params/             or this: one array for each leaf in Orbax' format, uncompressed
+    model/tokenizer/          vocab.json and merges.txt, or tokenizer.json; absent: CLIP's own tokenizer
+    model/seal                says that names and shapes were checked against config.json (`_seal`); may be absent
 
 A checkpoint is written under a temporary name next to its final one and renamed when it is whole. The dtype policy is
 that of `sdjax.models.params`.
@@ -19,6 +19,8 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,15 @@ import numpy as np
 from sdjax.config import ModelConfig
 from sdjax.devices.placement import HERE
 from sdjax.models.params import abstract_params, dtype_of
+from sdjax.storage import tensors
 from sdjax.storage.files import new_file, new_folder
 from sdjax.types import Params
 
 PIECE = 2**29  # bytes of parameters that are written together
 TENSORS = "params.safetensors"
+WORKERS = 2  # threads that read parameters, or lay them out
 SEAL = "seal"
-HEADER_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+STORED = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16)}
 LAYOUT = 1  # changes when the networks' parameters change their names or shapes; tests/test_models.py watches them
 CONFIG_BOUND = 2**20  # bytes; a real config.json has 1.5 kB
 
@@ -58,7 +62,8 @@ def save(
     """Writes a checkpoint.
 
     params: {"text", "vae", "unet"} of arrays. tokenizer: a folder to copy in, or None. one_file: the parameters as
-    params.safetensors instead of Orbax' folder, which is quicker to open and suits small models.
+    params.safetensors instead of Orbax' folder. A full-size model is written and read in half the time then, with half
+    the memory (examples/benchmarks/conversion.py), but every array must be in this process.
 
     Leaves may also be anything with shape and dtype that `np.asarray` takes (`convert.lazy`): each is asked for once.
 
@@ -129,11 +134,12 @@ def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 def write_tensors(file: Path, params: Params, force: bool = False) -> None:
     """Writes a tree of arrays as one .safetensors file, names joined by "/". Raises as `save`."""
-    from safetensors.numpy import save_file
-
-    flat = {_name(path): np.asarray(leaf, order="C") for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    flat = [
+        tensors.Tensor(_name(path), np.dtype(leaf.dtype), np.shape(leaf), partial(np.asarray, leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
     with new_file(file, force) as temporary:
-        save_file(flat, temporary)
+        tensors.write(temporary, tensors.sorted_by_dtype(flat), workers=WORKERS)
 
 
 def read_tensors(file: Path) -> Params:
@@ -142,29 +148,52 @@ def read_tensors(file: Path) -> Params:
     Raises:
         ValueError: the file is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    return jax.tree.map(np.asarray, later_tensors(file))
 
+
+def later_tensors(file: Path) -> Params:
+    """The tree that `write_tensors` wrote, with leaves that `np.asarray` reads when they are asked for (`InFile`).
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        return _nested({tuple(name.split("/")): leaf for name, leaf in load_file(file).items()})
-    except (SafetensorError, OSError) as error:
+        found = tensors.places(file)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file}: {_damaged(error)}") from None
+    return _nested({tuple(name.split("/")): InFile(file, place) for name, place in found.items()})
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A parameter in a file of tensors, which `np.asarray` reads. Raises ValueError if the file is damaged."""
+
+    file: Path
+    place: tensors.Place
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.place.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.place.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        try:
+            array = tensors.read(self.file, self.place)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.file}: {_damaged(error)}") from None
+        return array.astype(dtype or self.dtype, copy=False)
 
 
 def _read_header(file: Path) -> Params:
-    """Shapes and dtypes of what `read_tensors` would read. Raises as that."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "np") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-            shapes = {
-                tuple(name.split("/")): jax.ShapeDtypeStruct(tuple(part.get_shape()), HEADER_DTYPES[part.get_dtype()])
-                for name, part in slices.items()
-            }
-            return _nested(shapes)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{file}: {_damaged(error)}") from None
+    """Shapes and dtypes of what `read_tensors` would read; raises as that, also if parameters have no such dtypes."""
+    stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), later_tensors(file))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stored):
+        if leaf.dtype not in STORED:
+            raise ValueError(f"{file}: {_damaged(f'{_name(path)} has the dtype {leaf.dtype}')}")
+    return stored
 
 
 def _name(path: Any) -> str:
@@ -181,7 +210,7 @@ def restore(
     """A checkpoint's configuration and parameters, put on the device.
 
     dtype: "float32", "bfloat16" or "float16" to cast on the way (None: as stored). sharding: leaf -> where it goes (the
-    default device); of a leaf that goes to devices in parts, each part alone is read for its device. on_shapes: called
+    default device); of a leaf that goes to devices in parts, each device gets its part alone. on_shapes: called
     with the configuration and what `metadata` gives, before anything large is read.
 
     Raises:
@@ -204,8 +233,7 @@ def restore(
 
     targets = {part: target(part) for part in stored}
     if (path / TENSORS).is_file():
-        arrays = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), read_tensors(path / TENSORS), targets)
-        return config, jax.device_put(arrays, jax.tree.map(sharding, arrays))
+        return config, _placed(later_tensors(path / TENSORS), targets)
     from orbax.checkpoint import v1 as ocp
 
     try:
@@ -213,6 +241,25 @@ def restore(
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {_damaged(error)}") from None
     return config, params
+
+
+def _placed(stored: Params, targets: Params) -> Params:
+    """Parameters, read leaf by leaf, in the dtypes and places of `targets`; raises as `restore`."""
+
+    def cast(leaf: InFile, like: Any) -> np.ndarray:
+        return np.asarray(leaf).astype(like.dtype, copy=False)
+
+    leaves, tree = jax.tree.flatten(stored)
+    likes = jax.tree.leaves(targets)
+    calls = [(leaf.place.nbytes, partial(cast, leaf, like)) for leaf, like in zip(leaves, likes, strict=True)]
+    arrays = tensors.in_order(calls, WORKERS)
+    return jax.tree.unflatten(
+        tree,
+        [
+            jax.make_array_from_callback(like.shape, like.sharding, array.__getitem__)
+            for like, array in zip(likes, arrays, strict=True)
+        ],
+    )
 
 
 def metadata(path: str | Path) -> Params:
