@@ -42,7 +42,7 @@ from torch.nn import functional
 from convert.diffusers_config import diffusers_json
 from convert.names import entries
 from sdjax.config import BOX, BOX_VISION
-from sdjax.devices.platform import seeded_keys
+from sdjax.devices.platform import keep_memory, seeded_keys
 from sdjax.diffusion.schedule import noise_schedule
 from sdjax.models.clip import PIXEL_MEAN, PIXEL_STD
 from sdjax.models.params import initial_params
@@ -380,8 +380,11 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=tuple(SIDES), default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, help="pictures a step (those of examples/train_box.py)")
+    parser.add_argument("--return-memory", action="store_true", help="without keep_memory, on either side")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    if not options.return_memory:
+        keep_memory()
     torch.manual_seed(0)
     print(f"CPU, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; ", end="")
     print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)

@@ -83,6 +83,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """One training, from the options to the finished model."""
     import jax
 
+    from sdjax.devices.platform import keep_memory
     from sdjax.load import identity
     from sdjax.train.dataset import open_dataset
     from sdjax.train.loop import claim, train
@@ -114,6 +115,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     }
     if options.model is not None:
         note |= {"conversion": conversion, "content": identity(options.model, **conversion)}
+    keep_memory()
     jax.local_devices()
     begin_work()
     claim(out, settings, note)
