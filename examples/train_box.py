@@ -22,6 +22,7 @@ import numpy as np
 from make_emoji import build
 
 from sdjax.config import BOX, BOX_VISION
+from sdjax.devices.platform import keep_memory
 from sdjax.image import from_uint8
 from sdjax.models.params import initial_params
 from sdjax.models.vae import VAE
@@ -131,5 +132,6 @@ if __name__ == "__main__":
     parser.add_argument("--gpu", action="store_true", help="the longer trainings that a GPU does in minutes")
     parser.add_argument("--scale", type=float, default=1.0, help="number of updates, relative to the full ones (1)")
     options = parser.parse_args()
+    keep_memory()
     plans = {part: scaled(plan, options.scale) for part, plan in (GPU if options.gpu else CPU).items()}
     print(main(options.out, plans))

@@ -1,6 +1,9 @@
 """One training step: against PyTorch, against its own definition, and the same on any number of devices."""
 
 import math
+import platform
+import subprocess
+import sys
 from functools import partial
 
 import flax.linen as nn
@@ -11,10 +14,13 @@ import optax
 import pytest
 import torch
 
+from sdjax.config import TINY
+from sdjax.devices.platform import use_gradients
 from sdjax.diffusion.schedule import noise_schedule
-from sdjax.models.layers import ResBlock
+from sdjax.models.layers import Conv, ResBlock, Upsample
 from sdjax.models.params import abstract_params, initial_params
 from sdjax.models.unet import Transformer, UNet
+from sdjax.models.vae import VAE
 from sdjax.train.losses import diffusion_loss
 from sdjax.train.step import (
     TrainState,
@@ -363,3 +369,92 @@ def test_state_is_a_tree_of_float32_copies():
     assert int(state.step) == 0
     assert_equal(state.params, PARAMS)
     assert_equal(state.ema, PARAMS)
+
+
+def with_gradients(module, params, *inputs, written=True, **options):
+    """What a module gives, and its gradients, in programs written for gradients or not."""
+
+    def outputs(params, x):
+        return module.apply({"params": params}, x, *inputs[1:], **options)
+
+    with use_gradients(written):
+        y, pull = jax.vjp(outputs, params, inputs[0])
+        return y, pull(normal(9, *y.shape))
+
+
+def assert_near(found, expected, bound):
+    """Every leaf up to rounding; what is 0 but for rounding, such as a key's bias, has the rounding of the others."""
+    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    largest = max(np.linalg.norm(b) for _, b in pairs)
+    for a, b in pairs:
+        assert np.linalg.norm(a - b) <= bound * max(np.linalg.norm(b), 0.01 * largest)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 6), (1, 1, 3, 6), (8, 16, 16, 6)])
+def test_a_doubled_map_convolved_in_four_phases_is_the_convolution_of_the_doubled_map(shape, wrap):
+    module, x = Upsample(4, wrap=wrap), normal(1, *shape)
+    params = {"conv": {"kernel": normal(2, 3, 3, 6, 4), "bias": normal(3, 4)}}
+    plain = with_gradients(module, params, x, written=False)
+    assert_near(with_gradients(module, params, x), plain, 2e-6)
+    direct = Conv(4, wrap=wrap).apply({"params": params["conv"]}, x.repeat(2, 1).repeat(2, 2))
+    assert_near(plain[0], direct, 2e-6)
+
+
+def test_a_map_that_is_doubled_and_cropped_is_cropped_in_training_too():
+    module, x = Upsample(4), normal(1, 2, 4, 4, 6)
+    params = {"conv": {"kernel": normal(2, 3, 3, 6, 4), "bias": normal(3, 4)}}
+    found = with_gradients(module, params, x, size=(7, 8))
+    assert found[0].shape == (2, 7, 8, 4)
+    assert_near(found, with_gradients(module, params, x, written=False, size=(7, 8)), 2e-6)
+
+
+def test_programs_written_for_gradients_give_the_networks_and_their_gradients(unet_params):
+    vae, params, pictures = VAE(TINY.vae), initial_params(TINY, 1, ("vae",))["vae"], normal(0, 2, 32, 32, 3)
+    expected = with_gradients(vae, params, pictures, written=False)
+    assert_near(with_gradients(vae, params, pictures), expected, 2e-5)
+    unet, inputs = (
+        UNet(MINI.unet),
+        (normal(1, 2, 8, 8, 4), np.array([5, 900]), normal(2, 2, 6, MINI.unet.context_width)),
+    )
+    expected = with_gradients(unet, unet_params, *inputs, written=False)
+    assert_near(with_gradients(unet, unet_params, *inputs), expected, 2e-5)
+
+
+def test_the_step_is_written_for_gradients_and_nothing_after_it_is():
+    seen = []
+
+    def loss(params, frozen, batch, key):
+        seen.append(use_gradients.value)
+        return params["w"].sum(), {}
+
+    update = optimizer(0.1)
+    make_step(loss, update)(initial_state({"w": np.ones(3)}, update), {}, batch(0), KEY)
+    assert seen == [True]
+    assert not use_gradients.value
+
+
+KEPT = """
+import resource, sys
+from sdjax.devices.platform import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory()
+import jax, jax.numpy as jnp
+run = jax.jit(lambda x: jnp.cumsum(jnp.sort(x)[::-1]).sum())  # 96 MiB of intermediate results
+x = jnp.ones(2**23)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = [faults()]
+for _ in range(12):
+    run(x).block_until_ready()
+    counts.append(faults())
+print(min(after - before for before, after in zip(counts[4:], counts[5:])))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_a_process_that_keeps_its_memory_is_given_no_new_pages():
+    def pages(how):
+        run = subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    assert pages("keep") < 100 < 10_000 < pages("return")

@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
 
     import jax
 
+    from sdjax.devices.platform import keep_memory
     from sdjax.load import identity
     from sdjax.train.dataset import open_dataset
     from sdjax.train.loop import claim, train
@@ -116,6 +117,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.model is not None:
         said |= {"conversion": conversion, "content": identity(options.model, **conversion)}
+    keep_memory()
     jax.local_devices()
     begin_work()
     claim(out, settings, said)

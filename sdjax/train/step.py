@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sdjax.devices.platform import use_gradients
 from sdjax.train.losses import Metrics
 from sdjax.types import Array, Params
 
@@ -109,7 +110,8 @@ def make_step(
         def objective(params: Params) -> tuple[Array, Metrics]:
             return loss(in_dtype(params), frozen, batch, key)
 
-        gradient, metrics = jax.grad(objective, has_aux=True)(params)
+        with use_gradients(True):
+            gradient, metrics = jax.grad(objective, has_aux=True)(params)
         return gradient, metrics
 
     def step(state: TrainState, frozen: Params, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
