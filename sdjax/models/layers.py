@@ -95,7 +95,26 @@ def over_rows(vector: Array, shape: tuple[int, ...]) -> Array:
     return jnp.dot(ones, vector[None], precision=lax.Precision.HIGHEST).reshape(shape)
 
 
-class Dense(nn.Module):
+class Layer(nn.Module):
+    """What has parameters of its own."""
+
+    def parameter(self, name: str, initial: Callable[..., Array], shape: tuple[int, ...]) -> Array:
+        """The parameter f[*shape] of that name: `param`, but that a known one is not made again to compare shapes,
+        which took a third of tracing a network.
+
+        Raises:
+            ValueError: the one that was given has another shape.
+        """
+        if not self.has_variable("params", name):
+            return self.param(name, initial, shape)
+        value: Array = self.get_variable("params", name)
+        if value.shape != shape:
+            where = "/".join((*self.path, name))
+            raise ValueError(f"parameter {where} has the shape {value.shape}, the configuration says {shape}")
+        return value
+
+
+class Dense(Layer):
     """A linear map f[..., in] -> f[..., features]."""
 
     features: int
@@ -103,13 +122,15 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", fan_in_normal, (x.shape[-1], self.features))
+        kernel = self.parameter("kernel", fan_in_normal, (x.shape[-1], self.features))
         rows = x.astype(kernel.dtype).reshape(-1, x.shape[-1])  # the gradient is one product of two matrices
         y = jnp.dot(rows, kernel).reshape(*x.shape[:-1], self.features)
-        return y + over_rows(self.param("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
+        return (
+            y + over_rows(self.parameter("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
+        )
 
 
-class Conv(nn.Module):
+class Conv(Layer):
     """f[b, h, w, in] -> f[b, h', w', features]; padding (before, after) on both axes.
 
     wrap: it is padded with what is at the opposite border, so that the map is a torus; else with zeros. With `doubled`
@@ -129,7 +150,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array, doubled: bool = False) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", fan_in_normal, shape)
+        kernel = self.parameter("kernel", fan_in_normal, shape)
         x = x.astype(kernel.dtype)
         simply = platform() == "cpu" and not use_gradients.value
         if doubled:
@@ -137,12 +158,15 @@ class Conv(nn.Module):
         elif simply and self.stride == 1 and math.prod(x.shape[:3]) <= CPU_FEW_POSITIONS:
             y = self.by_product(x, kernel)
         elif simply and self.by_winograd(x):
-            known = self.has_variable(TRANSFORMED, "kernel") or self.is_mutable_collection(TRANSFORMED)
-            made = self.variable(TRANSFORMED, "kernel", winograd_kernel, kernel).value if known else None
+            asked = self.is_mutable_collection(TRANSFORMED) and not self.is_initializing()
+            kept = asked or self.has_variable(TRANSFORMED, "kernel")
+            made = self.variable(TRANSFORMED, "kernel", winograd_kernel, kernel).value if kept else None
             y = winograd(self.padded(x), kernel, made)
         else:
             y = self.by_convolution(x, kernel)
-        return y + over_rows(self.param("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
+        return (
+            y + over_rows(self.parameter("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
+        )
 
     def by_winograd(self, x: Array) -> bool:
         """Whether `winograd` computes this, and pays on a CPU."""
@@ -212,6 +236,12 @@ def winograd(x: Array, kernel: Array, transformed: Array | None = None) -> Array
     other. Costs about twice the rounding error of a plain convolution (1e-6 of the result), and 16/9 of the kernel's
     memory for the transformed one. The gradient is that of a plain convolution.
     """
+    return _by_strips(x, kernel, transformed)
+
+
+@jax.jit
+def _by_strips(x: Array, kernel: Array, transformed: Array | None) -> Array:
+    """`winograd`; a function of its own so that it is traced once for all convolutions of a shape."""
     b, h, w, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
     features, tile = kernel.shape[-1], 16 * x.dtype.itemsize * max(c, kernel.shape[-1])  # in bytes, transformed
     if transformed is None:
@@ -232,7 +262,7 @@ def _plain_convolution(x: Array, kernel: Array) -> Array:
 
 
 def _winograd_forward(x: Array, kernel: Array, transformed: Array | None) -> tuple[Array, tuple[Any, ...]]:
-    return winograd(x, kernel, transformed), (x, kernel, transformed)
+    return _by_strips(x, kernel, transformed), (x, kernel, transformed)
 
 
 def _winograd_backward(kept: tuple[Any, ...], change: Array) -> tuple[Any, ...]:
@@ -279,22 +309,22 @@ def _scaled(y: Array, scale: Array, bias: Array) -> Array:
     return y * over_rows(scale.astype(y.dtype), y.shape) + over_rows(bias.astype(y.dtype), y.shape)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Layer):
     """Layer normalisation over the last axis, in float32 (Ba et al. 2016)."""
 
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = self.parameter("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.parameter("bias", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         return _scaled(y, scale, bias).astype(x.dtype)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Layer):
     """Group normalisation of f[b, h, w, c] in float32, two-pass variance (Wu & He 2018).
 
     shift: f[b, 1, 1, c], added to x before; None: nothing. In bfloat16 on GPUs both sums are taken in one reading of x
@@ -306,8 +336,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, shift: Array | None = None) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = self.parameter("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.parameter("bias", nn.initializers.zeros, (x.shape[-1],))
         if platform() == "gpu" and x.dtype == jnp.bfloat16:
             return self.by_moments(x, shift, scale, bias)
         x = x if shift is None else x + shift
@@ -504,6 +534,7 @@ def _chunked_attention(q: Array, k: Array, v: Array, keys: Array | None = None) 
     return out.swapaxes(0, 1).reshape(b, -1, n, d)[:, :length]
 
 
+@jax.jit
 def _per_head_attention(q: Array, k: Array, v: Array, keys: Array | None = None) -> Array:
     """Attention by plain matrix products, one head and `CPU_QUERY_ROWS` queries at a time.
 

@@ -37,7 +37,7 @@ from sdjax.diffusion.schedule import per_image
 from sdjax.image import latent_mask
 from sdjax.models.adapters import live
 from sdjax.models.clip import TextEncoder
-from sdjax.models.layers import TRANSFORMED, winograd_kernel
+from sdjax.models.layers import CPU_FEW_POSITIONS, TRANSFORMED, winograd_kernel
 from sdjax.models.params import abstract_params
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -110,7 +110,8 @@ def transformed_kernels(params: Params, x: Latent, config: ModelConfig) -> Any:
 
     To be made once, outside of the loop over steps. params: "unet".
     """
-    if platform() != "cpu" or params["conv_in"]["kernel"].dtype != jnp.float32:
+    few = x.shape[1] * x.shape[2] <= CPU_FEW_POSITIONS
+    if platform() != "cpu" or few or params["conv_in"]["kernel"].dtype != jnp.float32:
         return {}
     paths = _winograd_convolutions(config, x.shape[1], x.shape[2], platform())
     leaves = flatten_dict(params)
