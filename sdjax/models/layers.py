@@ -86,11 +86,14 @@ def tile_rows(x: Array, rows: int) -> Array:
 
 
 def over_rows(vector: Array, shape: tuple[int, ...]) -> Array:
-    """f[features], broadcast to f[..., features] of that shape, as if by a product with a column of ones.
+    """f[features], broadcast to f[..., features] of that shape.
 
-    The gradient is then a product, too: on a CPU a sum over rows would be fused with everything that computes the rows,
-    and take longer than the layer itself.
+    Where gradients are taken (`use_gradients`), as if by a product with a column of ones: the gradient is then a
+    product, too. On a CPU a sum over rows would be fused with everything that computes the rows, and take longer than
+    the layer itself.
     """
+    if not use_gradients.value:
+        return jnp.broadcast_to(vector, shape)
     ones = jnp.ones((math.prod(shape[:-1]), 1), vector.dtype)
     return jnp.dot(ones, vector[None], precision=lax.Precision.HIGHEST).reshape(shape)
 
