@@ -51,6 +51,9 @@ WINOGRAD_FEATURES = 64
 WINOGRAD_KERNEL = 5
 """Most times that a transformed kernel may be as large as a picture's transformed map: it takes memory."""
 
+CPU_LARGE_MAP = 2**19
+"""Values of a picture's map from which a CPU's group norm is written for speed, not for few operations to compile."""
+
 TRANSFORMED = "transformed"
 """The collection of kernels that were transformed beforehand (`Conv`)."""
 
@@ -196,8 +199,9 @@ class Conv(Layer):
         """The same with stride 1: every position's neighbourhood in a row, times the kernel as a matrix."""
         x = self.padded(x)
         h, w = (length - self.size + 1 for length in x.shape[1:3])
-        rows = [x[:, i : i + h, j : j + w] for i in range(self.size) for j in range(self.size)]
-        return jnp.dot(jnp.concatenate(rows, axis=-1), kernel.reshape(-1, self.features))
+        columns = jnp.concatenate([x[:, :, j : j + w] for j in range(self.size)], axis=-1)
+        rows = jnp.concatenate([columns[:, i : i + h] for i in range(self.size)], axis=-1)
+        return jnp.dot(rows, kernel.reshape(-1, self.features))
 
     def by_phases(self, x: Array, kernel: Array) -> Array:
         """The map doubled, then convolved: four 2x2 convolutions of the map as it was, 16 products instead of 36.
@@ -345,7 +349,7 @@ class GroupNorm(Layer):
             return self.by_moments(x, shift, scale, bias)
         x = x if shift is None else x + shift
         y = x.astype(jnp.float32)
-        if platform() == "cpu":
+        if platform() == "cpu" and math.prod(x.shape[1:]) >= CPU_LARGE_MAP:
             y = y - self.mean(y)
             y = y * lax.rsqrt(self.mean(jnp.square(y)) + self.epsilon)
         else:
