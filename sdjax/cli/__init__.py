@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def script() -> int:
     """What the installed command calls: `main`, with one line for Ctrl-C at any moment."""
     open_streams()
+    gc.set_threshold(100_000, 50, 100)  # a start makes a million objects that stay, and looked through them 1,000 times
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in a shell's background
     if interruptible:
         signal.signal(signal.SIGINT, leave)
