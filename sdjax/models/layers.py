@@ -256,12 +256,14 @@ def _by_strips(x: Array, kernel: Array, transformed: Array | None) -> Array:
         transformed = winograd_kernel(kernel)
     rows = 2 * _largest_divisor(h // 2, CPU_CACHE // (tile * (w // 2)))
 
-    def strip(i: Array) -> Array:
+    def strip(i: Array, y: Array) -> Array:
         start = (i // (h // rows), i % (h // rows) * rows, 0, 0)
         inputs = _winograd_inputs(lax.dynamic_slice(x, start, (1, rows + 2, w + 2, c)))
-        return _winograd_outputs(inputs, transformed, rows, w)
+        return lax.dynamic_update_slice(y, _winograd_outputs(inputs, transformed, rows, w)[None], start)
 
-    return lax.map(strip, jnp.arange(b * h // rows)).reshape(b, h, w, features)
+    # What it begins with is overwritten; were it zeros, all layers' would be made, and kept, from the beginning.
+    begin = jnp.broadcast_to(x[0, 0, 0, 0], (b, h, w, features))
+    return lax.fori_loop(0, b * h // rows, strip, begin)
 
 
 def _plain_convolution(x: Array, kernel: Array) -> Array:
