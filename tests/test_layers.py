@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from jax.experimental.pallas import tpu as pltpu
 
-from sdjax.devices.platform import use_kernels, use_platform
+from sdjax.devices.platform import use_gradients, use_kernels, use_platform
 from sdjax.models import layers
 from sdjax.models.layers import (
     ACTIVATIONS,
     CPU_FEW_POSITIONS,
+    CPU_LARGE_MAP,
     SCORE_BOUND,
+    TRANSFORMED,
     Conv,
     Dense,
     GroupNorm,
@@ -23,6 +25,8 @@ from sdjax.models.layers import (
     Upsample,
     attention,
     tile_rows,
+    winograd,
+    winograd_kernel,
 )
 from tests.arrays import equations, largest, normal
 
@@ -267,6 +271,113 @@ def test_convolutions_are_pytorchs(size, stride, padding, height):
     assert (2 * height * 10 <= CPU_FEW_POSITIONS) == (height == 8)
     expected = torch_conv(F.pad(nchw(x), 2 * padding), params, stride, padding=0)
     np.testing.assert_allclose(apply(Conv(7, size, stride, padding), params, x), nhwc(expected), atol=1e-4)
+
+
+SHAPES = {  # b, h, w, in, out
+    "square": (1, 32, 32, 64, 64),
+    "several strips of a few rows": (2, 64, 96, 128, 72),
+    "three pictures, wider than high": (3, 10, 48, 96, 64),
+    "one row of tiles": (1, 2, 320, 64, 80),
+}
+
+
+def double_precision(x, kernel):
+    """PyTorch's convolution in float64, of what is padded already."""
+    x, kernel = (torch.from_numpy(np.asarray(value, np.float64)) for value in (x, kernel))
+    return F.conv2d(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1)).permute(0, 2, 3, 1).numpy()
+
+
+def relative(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("beforehand", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_winograds_convolution_is_pytorchs_to_a_few_roundings(shape, beforehand):
+    b, h, w, ins, out = shape
+    x, kernel = normal(0, b, h + 2, w + 2, ins), normal(1, 3, 3, ins, out)
+    found = jax.jit(winograd)(x, kernel, winograd_kernel(kernel) if beforehand else None)
+    assert found.shape == (b, h, w, out)
+    assert relative(found, double_precision(x, kernel)) < 2e-6
+
+
+@pytest.mark.parametrize("beforehand", [False, True])
+def test_winograds_gradient_is_that_of_a_plain_convolution(beforehand):
+    x, kernel = normal(0, 2, 10, 12, 64), normal(1, 3, 3, 64, 64)
+    known = winograd_kernel(kernel) if beforehand else None
+
+    def loss(convolve):
+        return lambda x, kernel: jnp.sum(jnp.sin(0.05 * convolve(x, kernel)))
+
+    plain = loss(lambda x, kernel: Conv(64, padding=(0, 0), bias=False).by_convolution(x, kernel))
+    expected = jax.grad(plain, (0, 1))(x, kernel)
+    found = jax.grad(loss(lambda x, kernel: winograd(x, kernel, known)), (0, 1))(x, kernel)
+    assert relative(found[0], expected[0]) < 1e-5
+    assert relative(found[1], expected[1]) < 1e-5
+
+
+def names(module, params, x):
+    """The jitted functions that applying a module calls."""
+    traced = jax.make_jaxpr(lambda x: module.apply({"params": params}, x))(x)
+    return {equation.params["name"] for equation in equations(traced.jaxpr) if "name" in equation.params}
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "where", "expected"),
+    [
+        (Conv(64), (1, 32, 32, 64), "cpu", True),
+        (Conv(64, wrap=True), (1, 32, 32, 64), "cpu", True),
+        (Conv(64), (1, 31, 32, 64), "cpu", False),
+        (Conv(64, stride=2, padding=(0, 1)), (1, 48, 48, 64), "cpu", False),
+        (Conv(64, size=1, padding=(0, 0)), (1, 32, 32, 64), "cpu", False),
+        (Conv(16), (1, 32, 32, 64), "cpu", False),
+        (Conv(64), (1, 16, 16, 64), "cpu", False),
+        (Conv(64), (1, 32, 32, 64), "gpu", False),
+        (Conv(64), (1, 32, 32, 64), "tpu", False),
+    ],
+    ids=["usual", "torus", "odd", "stride", "size 1", "few features", "few positions", "gpu", "tpu"],
+)
+def test_a_cpu_convolves_large_even_maps_of_many_features_by_winograd(module, shape, where, expected):
+    x = normal(0, *shape)
+    params = random_tree(module, x)
+    with use_platform(where):
+        assert ("_by_strips" in names(module, params, x)) == expected
+    if where == "cpu":
+        with use_gradients(True):
+            plain = apply(module, params, x)
+            assert "_by_strips" not in names(module, params, x)
+        assert relative(apply(module, params, x), plain) < 2e-6
+
+
+def test_a_kernel_transformed_beforehand_is_taken():
+    module, x = Conv(64), normal(0, 1, 32, 32, 64)
+    params = random_tree(module, x)
+    expected, made = module.apply({"params": params}, x, mutable=[TRANSFORMED])
+    np.testing.assert_allclose(made[TRANSFORMED]["kernel"], winograd_kernel(params["kernel"]), rtol=1e-6)
+    twice = {TRANSFORMED: {"kernel": 2 * made[TRANSFORMED]["kernel"]}}
+    bias = params["bias"]
+    np.testing.assert_allclose(
+        module.apply({"params": params, **twice}, x) - bias, 2 * (expected - bias), rtol=1e-4, atol=1e-4
+    )
+    assert TRANSFORMED not in module.init(jax.random.key(0), x)
+
+
+def test_a_kernel_of_another_shape_is_refused_by_name():
+    x = normal(0, 1, 4, 4, 8)
+    with pytest.raises(
+        ValueError, match=r"kernel has the shape \(3, 3, 8, 4\), the configuration says \(3, 3, 8, 16\)"
+    ):
+        Conv(16).apply({"params": {"kernel": normal(1, 3, 3, 8, 4), "bias": normal(2, 16)}}, x)
+
+
+def test_group_norm_of_large_maps_is_pytorchs_too():
+    x = 3 + normal(0, 2, 96, 64, 96)
+    assert x[0].size >= CPU_LARGE_MAP
+    norm = GroupNorm(32, 1e-5)
+    params = random_tree(norm, x)
+    scale, bias = (torch.from_numpy(np.asarray(params[name])) for name in ("scale", "bias"))
+    expected = F.group_norm(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), 32, scale, bias, 1e-5)
+    np.testing.assert_allclose(apply(norm, params, x), expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_linear_maps_are_x_times_kernel():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from flax.traverse_util import flatten_dict
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from sdjax.config import SD15, SD15_INPAINT, SD21, TINY, CLIPConfig, UNetConfig, VAEConfig
@@ -23,6 +24,7 @@ from sdjax.models.layers import SCORE_BOUND
 from sdjax.models.params import abstract_params, count_parameters, random_params
 from sdjax.models.unet import Transformer, UNet, timestep_embedding
 from sdjax.models.vae import VAE, Posterior
+from sdjax.pipeline.functions import predict_noise, transformed_kernels
 from sdjax.storage.checkpoint import LAYOUT
 from tests.arrays import equations, largest, normal
 
@@ -321,6 +323,39 @@ def test_what_comes_before_the_text_is_computed_once_for_all_prompts():
         if equation.primitive.name == "conv_general_dilated"
     ]
     assert rows == [2] * 3 + [4] * (len(rows) - 3)  # conv_in and the first residual block
+
+
+def test_a_loop_over_steps_has_its_kernels_transformed_once_before_it():
+    config = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, channels=(64, 96), heads=(2, 2)))
+    x = normal(3, 1, 48, 32, 4)
+    params = random_params(config)["unet"]
+    ready = transformed_kernels(params, x, config)
+    names = {"/".join(path) for path in flatten_dict(ready)}
+    assert "down_0/res_0/conv1/kernel" in names
+    assert "up_1/res_1/conv2/kernel" in names  # of the finer level
+    assert "mid/res_0/conv1/kernel" not in names  # too few positions
+    assert "conv_in/kernel" not in names  # too few features
+    time, kv = (
+        UNet(config.unet).apply({"params": params}, *of, method=name)
+        for name, *of in (("embed_timesteps", jnp.array([7])), ("text_kv", CONTEXT[:1]))
+    )
+    predict = partial(predict_noise, params, x, time, kv, config=config)
+
+    def transforms(transformed):
+        """How many kernels are transformed inside: products with 16 rows of 9."""
+        traced = jax.make_jaxpr(lambda: predict(transformed=transformed))()
+        return sum(
+            equation.primitive.name == "dot_general" and equation.invars[0].aval.shape == (16, 9)
+            for equation in equations(traced.jaxpr)
+        )
+
+    assert transforms(ready) == 0
+    assert transforms(None) > 0
+    np.testing.assert_allclose(predict(transformed=ready), predict(transformed=None), atol=2e-5)
+    with use_platform("tpu"):
+        assert transformed_kernels(params, x, config) == {}
+    halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert transformed_kernels(halves, x, config) == {}
 
 
 def test_heads_follow_the_level():

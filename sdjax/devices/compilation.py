@@ -174,7 +174,8 @@ def _versions() -> str:
 
 def _machine() -> list[str]:
     """What instructions this machine's processors take, and how many of them there are."""
-    said = [platform.machine(), platform.processor(), str(len(os.sched_getaffinity(0)))]
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    said = [platform.machine(), platform.processor(), str(count)]
     with suppress(OSError):
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         named = r"^(?:vendor_id|cpu family|model|model name|flags|Features|CPU \w+)\s*:.*$"
