@@ -1,14 +1,15 @@
 """One guided UNet step of Stable Diffusion 1.5 at 512x512, beside diffusers on the same machine in the same run.
 
-    python examples/benchmarks/unet_step.py [--rounds 5] [--steps 3]
+    python examples/benchmarks/unet_step.py [--rounds 7] [--steps 3]
     python examples/benchmarks/unet_step.py --device gpu
 
 Both sides hold the same random weights and see the same noise and the same two rows of text; their results are compared
 before the clock starts, then diffusers' step, ours, and our whole loop (`functions.sample`, a scan of --steps steps)
-take turns, and the medians are printed. Ours gets the text's keys and values and the time embeddings ready made, as in
-the loop. Needs the test extra, 12 GiB of memory, and for the GPU jax[cuda13].
+take turns, and the medians are printed. Ours gets the text's keys and values, the time embeddings and on a CPU the
+kernels transformed for Winograd's convolutions ready made, as in the loop. Needs the test extra, 12 GiB of memory, and for the GPU jax[cuda13].
 
-cpu: float32, one picture. Bounds: our step at most 1.3 times diffusers', the loop at most 1.02 times its steps alone.
+cpu: float32, one picture. Bounds: our step at most 0.9 of diffusers' (1.0 with AVX-512), the loop at most 1.02 times its
+steps alone, memory at most 1.3 times that of commit c87bdd3 (3192 + 159 MiB).
 gpu: bfloat16, 1, 8 and 32 pictures, diffusers under torch.compile (max-autotune, channels last); also the share of the
 matrix product peak, measured in the same run.
 
@@ -44,8 +45,9 @@ from convert.names import entries
 from sdjax.config import SD15
 from sdjax.diffusion.plan import stack_plans
 from sdjax.diffusion.sample import State, first_state, image_keys
+from sdjax.models.layers import TRANSFORMED
 from sdjax.models.params import random_params
-from sdjax.pipeline.functions import MakeDenoiser, embed_timesteps, sample, text_kv
+from sdjax.pipeline.functions import MakeDenoiser, embed_timesteps, sample, text_kv, transformed_kernels
 from sdjax.request import Request, plan
 from sdjax.types import Conditioning, NoiseLevel, Params
 
@@ -62,19 +64,20 @@ denoise = jax.jit(one_step, static_argnums=0)
 product = jax.jit(jnp.dot)
 
 
+def leaf_of(params: Params, path: tuple[str, ...]) -> np.ndarray:
+    """The parameter at a path of a tree."""
+    tree = params
+    for key in path:
+        tree = tree[key]
+    return np.asarray(tree, np.float32)
+
+
 def diffusers_unet(params: Params) -> torch.nn.Module:
     """diffusers' network with our weights."""
-
-    def leaf(path: tuple[str, ...]) -> np.ndarray:
-        tree = params
-        for key in path:
-            tree = tree[key]
-        return np.asarray(tree)
-
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(diffusers_json(SD15)["unet/config.json"])
     state = {
-        entry.name: torch.from_numpy(entry.from_leaves([leaf(path) for path in entry.leaves]).copy())
+        entry.name: torch.from_numpy(entry.from_leaves([leaf_of(params, path) for path in entry.leaves]).copy())
         for entry in entries(SD15, "unet", "diffusers")
     }
     unet.load_state_dict(state, assign=True)
@@ -109,10 +112,12 @@ class Ours:
         )
         state = first_state(rows, calls, jnp.asarray(x), image_keys(range(len(x))), given)
         self.state = state._replace(held={"unet": kv})
+        made = jax.jit(transformed_kernels, static_argnums=2)(params, state.carry.x, SD15)
+        self.ready = {**self.params, TRANSFORMED: made}
 
     def step(self) -> jax.Array:
         """x0_hat f32[b, h, w, 4]."""
-        return denoise(MakeDenoiser(SD15), self.params, self.state, self.level)
+        return denoise(MakeDenoiser(SD15), self.ready, self.state, self.level)
 
     def loop(self) -> jax.Array:
         """The latents f32[b, h, w, 4] after all steps."""
@@ -171,6 +176,9 @@ def compare(params: Params, unet: Any, batch: int, steps: int, rounds: int, call
         wait(ours.loop())
         found, answer = np.asarray(ours.step()), theirs.step()
     expected = answer.cpu().numpy().transpose(0, 2, 3, 1)
+    memory = sample.lower(ours.params, ours.state, config=SD15).compile().memory_analysis()
+    size = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20
+    print(f"memory of our loop: arguments {size[0]:.0f} MiB, while it runs {size[1]:.0f} MiB more", flush=True)
     times = [
         (seconds(theirs.step, calls), seconds(ours.step, calls), seconds(ours.loop, 1) / steps) for _ in range(rounds)
     ]
@@ -181,7 +189,7 @@ def compare(params: Params, unet: Any, batch: int, steps: int, rounds: int, call
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, help="steps of the loop (default: 3 on the cpu, 20 on the gpu)")
     options = parser.parse_args()
     gpu = options.device == "gpu"
