@@ -6,10 +6,11 @@
 Both sides hold the same random weights and see the same noise and the same two rows of text; their results are compared
 before the clock starts, then diffusers' step, ours, and our whole loop (`functions.sample`, a scan of --steps steps)
 take turns, and the medians are printed. Ours gets the text's keys and values, the time embeddings and on a CPU the
-kernels transformed for Winograd's convolutions ready made, as in the loop. Needs the test extra, 12 GiB of memory, and for the GPU jax[cuda13].
+kernels transformed for Winograd's convolutions ready made, as in the loop. Needs the test extra, 12 GiB of memory, and
+for the GPU jax[cuda13].
 
-cpu: float32, one picture. Bounds: our step at most 0.9 of diffusers' (1.0 with AVX-512), the loop at most 1.02 times its
-steps alone, memory at most 1.3 times that of commit c87bdd3 (3192 + 159 MiB).
+cpu: float32, one picture. Bounds: our step at most 0.9 of diffusers' (1.0 with AVX-512), the loop at most 1.02 times
+its steps alone, memory at most 1.3 times that of commit c87bdd3 (3192 + 159 MiB).
 gpu: bfloat16, 1, 8 and 32 pictures, diffusers under torch.compile (max-autotune, channels last); also the share of the
 matrix product peak, measured in the same run.
 
