@@ -1,5 +1,6 @@
 """Continuous batching: a finished picture makes room for the next one, and none is changed by that."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax.devices import placement as devices
 from sdjax.diffusion.plan import calls_of
 from sdjax.diffusion.samplers import SAMPLERS as ALL_SAMPLERS
+from sdjax.models.params import random_params
+from sdjax.pipeline import functions, programs
 from sdjax.pipeline.batching import Batches, Waiting
 from sdjax.request import Request, plan
-from tests.small import mini
+from tests.small import MINI, mini
 
 SIZE = dict(width=8, height=8)
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8))
@@ -150,3 +154,37 @@ def test_of_the_last_ones_those_with_most_steps_come_first_and_else_their_order_
     assert [one.calls for one in waiting.take("a", 2, ahead=2)] == [9, 7]
     assert [one.calls for one in waiting.take("a", 2)] == [2]
     assert waiting.next_shape(1) is None
+
+
+def test_kernels_are_transformed_once_for_a_checkpoint_and_size(monkeypatch):
+    unet = dataclasses.replace(MINI.unet, channels=(64,))
+    config = dataclasses.replace(MINI, name="wide", unet=unet, image_size=32)
+    calls = []
+
+    def counted(function, placement):
+        program = devices.jitted(function, placement)
+        if function.func is not functions.transformed_kernels:
+            return program
+
+        def call(params, x):
+            calls.append(x.shape)
+            return program(params, x)
+
+        call.ahead, call.lower, call.program = program.ahead, program.lower, program.program
+        return call
+
+    monkeypatch.setattr(programs, "jitted", counted)
+    programs.programs.cache_clear()
+    try:
+        pipe = dataclasses.replace(mini(), config=config, params=random_params(config))
+        request = dict(seed=3, steps=3)
+        shown = pipe.text_to_image("red disc", progress=lambda *_: None, **request)[0]
+        assert len(calls) == 1
+        assert np.abs(np.asarray(shown, int) - np.asarray(pipe.text_to_image("red disc", **request)[0])).max() <= 1
+        assert len(calls) == 1
+        pipe.text_to_image("red disc", width=48, height=32, **request)
+        pipe = dataclasses.replace(pipe, params=random_params(config, seed=1))
+        pipe.text_to_image("red disc", width=48, height=32, **request)
+        assert calls == [(1, 32, 32, 4), (1, 32, 48, 4), (1, 32, 48, 4)]
+    finally:
+        programs.programs.cache_clear()

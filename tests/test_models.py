@@ -329,7 +329,7 @@ def test_a_loop_over_steps_has_its_kernels_transformed_once_before_it():
     config = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, channels=(64, 96), heads=(2, 2)))
     x = normal(3, 1, 48, 32, 4)
     params = random_params(config)["unet"]
-    ready = transformed_kernels(params, x, config)
+    ready = transformed_kernels({"unet": params}, x, config=config)
     names = {"/".join(path) for path in flatten_dict(ready)}
     assert "down_0/res_0/conv1/kernel" in names
     assert "up_1/res_1/conv2/kernel" in names  # of the finer level
@@ -353,9 +353,9 @@ def test_a_loop_over_steps_has_its_kernels_transformed_once_before_it():
     assert transforms(None) > 0
     np.testing.assert_allclose(predict(transformed=ready), predict(transformed=None), atol=2e-5)
     with use_platform("tpu"):
-        assert transformed_kernels(params, x, config) == {}
+        assert transformed_kernels({"unet": params}, x, config=config) == {}
     halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    assert transformed_kernels(halves, x, config) == {}
+    assert transformed_kernels({"unet": halves}, x, config=config) == {}
 
 
 def test_heads_follow_the_level():

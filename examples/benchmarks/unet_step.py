@@ -113,7 +113,7 @@ class Ours:
         )
         state = first_state(rows, calls, jnp.asarray(x), image_keys(range(len(x))), given)
         self.state = state._replace(held={"unet": kv})
-        made = jax.jit(transformed_kernels, static_argnums=2)(params, state.carry.x, SD15)
+        made = jax.jit(transformed_kernels, static_argnames="config")(self.params, state.carry.x, config=SD15)
         self.ready = {**self.params, TRANSFORMED: made}
 
     def step(self) -> jax.Array:

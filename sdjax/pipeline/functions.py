@@ -10,8 +10,8 @@ known region) and what else to show the network (mask and masked picture). A bat
     decode            latents -> pictures
 
 Pictures are along the first axis of every array; each is treated by itself. `params` is the whole tree {"text", "vae",
-"unet"}, with live adapters as "adapters" (`sdjax.models.adapters`). `sdjax.pipeline.programs` compiles these for a
-`Placement`.
+"unet"}, with live adapters as "adapters" (`sdjax.models.adapters`) and, for `sample`, `transformed_kernels` as
+`TRANSFORMED` if they are made already. `sdjax.pipeline.programs` compiles these for a `Placement`.
 """
 
 from __future__ import annotations
@@ -105,16 +105,16 @@ def _winograd_convolutions(config: ModelConfig, height: int, width: int, platfor
     return tuple(flatten_dict(found.get(TRANSFORMED, {})))
 
 
-def transformed_kernels(params: Params, x: Latent, config: ModelConfig) -> Any:
+def transformed_kernels(params: Params, x: Latent, *, config: ModelConfig) -> Any:
     """The UNet's kernels that a CPU convolves latents x f[b, h, w, c] by in another form (`winograd`), in that form.
 
-    To be made once, outside of the loop over steps. params: "unet".
+    To be made once, outside of the loop over steps.
     """
-    few = x.shape[1] * x.shape[2] <= CPU_FEW_POSITIONS
-    if platform() != "cpu" or few or params["conv_in"]["kernel"].dtype != jnp.float32:
+    unet, few = params["unet"], x.shape[1] * x.shape[2] <= CPU_FEW_POSITIONS
+    if platform() != "cpu" or few or unet["conv_in"]["kernel"].dtype != jnp.float32:
         return {}
     paths = _winograd_convolutions(config, x.shape[1], x.shape[2], platform())
-    leaves = flatten_dict(params)
+    leaves = flatten_dict(unet)
     return unflatten_dict({path: winograd_kernel(leaves[path]) for path in paths})
 
 
@@ -330,8 +330,9 @@ def sample(params: Params, state: State, ticks: Array | None = None, *, config: 
 
     The latents f32[b, h, w, c] are its `.carry.x`.
     """
-    ready = {**params, TRANSFORMED: transformed_kernels(params["unet"], state.carry.x, config)}
-    return loop.sample(MakeDenoiser(config), ready, state, ticks)
+    if TRANSFORMED not in params:
+        params = {**params, TRANSFORMED: transformed_kernels(params, state.carry.x, config=config)}
+    return loop.sample(MakeDenoiser(config), params, state, ticks)
 
 
 @partial(jax.jit, static_argnames="config")

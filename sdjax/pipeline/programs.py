@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 
 from sdjax.config import ModelConfig, tiled
@@ -15,6 +17,7 @@ from sdjax.diffusion import sample as loop
 from sdjax.diffusion.rows import Carry
 from sdjax.diffusion.sample import State
 from sdjax.image import to_uint8
+from sdjax.models.layers import CPU_FEW_POSITIONS, TRANSFORMED
 from sdjax.pipeline import functions
 from sdjax.types import Array, Params
 
@@ -62,7 +65,7 @@ def programs(config: ModelConfig, placement: Placement) -> Programs:
         encode=_taking(("vae",), jitted(partial(functions.encode, config=config), placement)),
         condition=condition,
         initial_latents=parallelize(functions.initial_latents, [True] * 7, placement),
-        sample=of_params(("unet", "adapters"), sample, [True, False]),
+        sample=_with_kernels(of_params(("unet", "adapters", TRANSFORMED), sample, [True, False]), config, placement),
         admit=parallelize(loop.admit, [True] * 3, dataclasses.replace(placement, batch_invariant=False)),
         decode=of_params(("vae",), functions.decode, [True]),
         to_bytes=parallelize(to_bytes, [True], dataclasses.replace(placement, batch_invariant=False)),
@@ -96,6 +99,40 @@ def _taking(parts: Sequence[str], program: Program) -> Program:
     call.lower = lambda params, *arguments: program.lower(of(params), *arguments)  # type: ignore[attr-defined]
     call.ahead = lambda params, *arguments: program.ahead(of(params), *arguments)  # type: ignore[attr-defined]
     call.program = program.program  # type: ignore[attr-defined]
+    return cast(Program, call)
+
+
+def _with_kernels(program: Program, config: ModelConfig, placement: Placement) -> Program:
+    """`sample`, given the kernels that a CPU convolves by in another form (`functions.transformed_kernels`).
+
+    They are made when parameters are first sampled with, and anew when these or the pictures' size change: not in every
+    call, of which there is one for each step where progress is shown. They are let go with the parameters. Where there
+    are several devices, `sample` makes them itself.
+    """
+    if placement.platform != "cpu" or placement.devices is not None:
+        return program
+    transform = _taking(("unet",), jitted(partial(functions.transformed_kernels, config=config), placement))
+    latest: list[Any] = []  # height and width, references to the parameters, the kernels
+
+    def made(params: Params, x: Array) -> Any:
+        leaves = jax.tree.leaves(params["unet"])
+        known = latest and latest[0] == x.shape[1:3] and len(latest[1]) == len(leaves)
+        if not known or any(kept() is not leaf for kept, leaf in zip(latest[1], leaves, strict=True)):
+            references = [weakref.ref(leaf, lambda _: latest.clear()) for leaf in leaves]
+            latest[:] = x.shape[1:3], references, transform(params, x)
+        return latest[2]
+
+    def ready(params: Params, x: Array, make: Callable[..., Any]) -> Params:
+        return params if x.shape[1] * x.shape[2] <= CPU_FEW_POSITIONS else {**params, TRANSFORMED: make(params, x)}
+
+    def call(params: Params, state: State, ticks: Any) -> Any:
+        return program(ready(params, state.carry.x, made), state, ticks)
+
+    def ahead(params: Params, state: State, ticks: Any) -> Any:
+        return program.ahead(ready(params, state.carry.x, lambda *of: transform.ahead(*of).shapes()), state, ticks)
+
+    call.lower = lambda *arguments: ahead(*arguments)()  # type: ignore[attr-defined]
+    call.ahead, call.program = ahead, program.program  # type: ignore[attr-defined]
     return cast(Program, call)
 
 
