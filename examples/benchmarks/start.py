@@ -58,7 +58,7 @@ sys.exit("the first step never came")
 
 
 def write_full_model(folder: Path) -> None:
-    """Stable Diffusion 1.5 with random weights, as a checkpoint of ours in one file and, beside it, as c87bdd3 wrote it."""
+    """Stable Diffusion 1.5 with random weights, as a checkpoint of ours in one file and as c87bdd3 wrote it."""
     from sdjax.config import SD15
     from sdjax.models.params import random_params
     from sdjax.storage import checkpoint
