@@ -69,7 +69,7 @@ def diffusers_unet(params: Params) -> torch.nn.Module:
         tree = params
         for key in path:
             tree = tree[key]
-        return np.asarray(tree)
+        return np.asarray(tree, np.float32)
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(diffusers_json(SD15)["unet/config.json"])
