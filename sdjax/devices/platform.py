@@ -140,7 +140,7 @@ def bfloat16_instructions(cpuinfo: str = "/proc/cpuinfo") -> tuple[str, ...]:
 
 def bfloat16_products(dtype: Any) -> bool:
     """Whether programs written for here and now multiply faster in this dtype because it is bfloat16, on a CPU."""
-    return dtype == jnp.bfloat16 and platform() == "cpu" and bool(bfloat16_instructions())
+    return dtype == jax.numpy.bfloat16 and platform() == "cpu" and bool(bfloat16_instructions())
 
 
 def written_for(name: str, function: Callable[..., Any], *, kernels: bool) -> Callable[..., Any]:
