@@ -63,8 +63,9 @@ def test_the_drawing_shows_every_program_with_the_pictures_along_the_first_axis(
     monkeypatch.syspath_prepend(str(EXAMPLES))
     draw_programs = importlib.import_module("draw_programs")
     rows = draw_programs.steps()
-    assert tuple(name for name, *_ in rows) == Programs._fields
-    said = dict(zip(Programs._fields, rows, strict=True))
+    drawn = Programs._fields[:-1]  # the last one only makes bytes of the pictures
+    assert tuple(name for name, *_ in rows) == drawn
+    said = dict(zip(drawn, rows, strict=True))
     assert said["encode"][1::2] == ("pictures f32[b, 512, 512, 3]", "latents f32[b, 64, 64, 4]")
     assert said["decode"][1::2] == ("latents f32[b, 64, 64, 4]", "pictures f32[b, 512, 512, 3]")
     assert "[b, 2, 77, 8, 40]" in said["condition"][3]

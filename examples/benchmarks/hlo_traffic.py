@@ -1,5 +1,9 @@
 """What one step of a compiled loop reads and writes in a GPU's memory, fusion by fusion, and how much of it is surplus.
 
+    python examples/benchmarks/hlo_traffic.py PROGRAM.txt [--rows 40]
+
+PROGRAM.txt is the text of an optimised program (`compiled.as_text()`); `gpu_compile.py` does it for the sampler's.
+
 XLA's own count (`cost_analysis()`) is not to be had for a device that is only described, so it is worked out from the
 optimised program's text. An instruction's traffic is what it reads of its operands and what it writes. It *needs* to
 read every element that it looks at once, and to write its results once, in the network's 16 bits. The rest is surplus:
@@ -24,10 +28,12 @@ tiles are read many times, and an array that fits in the second-level cache may 
 accesses are coalesced, workspace, and what the device's autotuner would choose instead: splits above all.
 """
 
+import argparse
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 SMALL = 233_472
@@ -308,3 +314,16 @@ def table(found: Iterable[Use], most: int | None = None) -> list[str]:
         f"{sum(by_kind.values()) / 1e6:,.1f} MB: " + ", ".join(f"{kind} {n / 1e6:,.1f}" for kind, n in by_kind.items())
     )
     return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", type=Path, help="the text of an optimised program")
+    parser.add_argument("--rows", type=int, default=40, help="fusions to name; -1: all")
+    options = parser.parse_args()
+    most = None if options.rows < 0 else options.rows
+    print("\n".join(table(uses(options.program.read_text()), most)))
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,7 @@ from gpu_compile import score_matrices
 from jax.experimental import topologies
 
 from sdjax.config import SD15
-from sdjax.devices.compilation import Lower
+from sdjax.devices.compilation import Ahead
 from sdjax.devices.placement import Placement
 from sdjax.models.params import abstract_params
 from sdjax.models.unet import UNet
@@ -202,7 +202,7 @@ def to_hlo(found: re.Match[str]) -> str:
     return f"{found[2]}[{found[1].replace('x', ',')}]"
 
 
-def measured(name: str, lower: Lower, pictures: int) -> Measured | None:
+def measured(name: str, lower: Ahead, pictures: int) -> Measured | None:
     """Compiles a program and prints its line; None if it does not fit. pictures: that the compiler counts FLOPs of."""
     lowered = lower()
     start = time.perf_counter()
