@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jax.experimental.pallas import tpu as pltpu
 
+from sdjax.devices import platform as platform_module
 from sdjax.devices.platform import use_gradients, use_kernels, use_platform
 from sdjax.models import layers
 from sdjax.models.layers import (
@@ -433,3 +434,90 @@ def test_rows_are_repeated_as_a_whole():
     x = jnp.arange(4).reshape(2, 2)
     np.testing.assert_array_equal(tile_rows(x, 6), [[0, 1], [2, 3]] * 3)
     assert tile_rows(x, 2) is x
+
+
+# bfloat16 on CPUs
+
+
+@pytest.fixture
+def instructions(monkeypatch):
+    """Says that the processor has instructions for bfloat16, or none."""
+
+    def say(*names):
+        monkeypatch.setattr(platform_module, "bfloat16_instructions", lambda: names)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, (1, 1)), (3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0))]
+)
+@pytest.mark.parametrize("cache", [2**9, 2**23], ids=["rows", "whole"])
+def test_convolution_by_products_rounds_once(monkeypatch, instructions, size, stride, padding, cache):
+    """Strips of single rows and whole pictures alike: what float32 gives, rounded."""
+    instructions("AVX512-BF16")
+    monkeypatch.setattr(layers, "CPU_CACHE", cache)
+    monkeypatch.setattr(layers, "CPU_FEW_POSITIONS", 0)
+    module = Conv(5, size=size, stride=stride, padding=padding, bias=False)
+    x = jnp.asarray(normal(0, 2, 12, 10, 6), jnp.bfloat16)
+    params = {"kernel": jnp.asarray(normal(1, size, size, 6, 5), jnp.bfloat16)}
+    with use_platform("cpu"):
+        program = jax.make_jaxpr(lambda p, x: module.apply({"params": p}, x))(params, x)
+        found = module.apply({"params": params}, x)
+    assert not [e for e in equations(program.jaxpr) if e.primitive.name == "conv_general_dilated"]
+    wide = jnp.pad(x.astype(jnp.float32), ((0, 0), padding, padding, (0, 0)))
+    kernel = params["kernel"].astype(jnp.float32)
+    expected = layers._plain_convolution(wide, kernel, stride)
+    assert found.dtype == jnp.bfloat16
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=1.01 * HALVES["bfloat16"], atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_of_convolution_by_products_is_that_of_the_convolution(stride):
+    x = jnp.asarray(normal(0, 2, 9, 9, 4), jnp.bfloat16)
+    kernel = jnp.asarray(normal(1, 3, 3, 4, 6), jnp.bfloat16)
+    change = jnp.asarray(normal(2, 2, *(2 * [(9 - 3) // stride + 1]), 6), jnp.bfloat16)
+    found = jax.vjp(lambda x, k: layers.convolution_by_products(x, k, stride), x, kernel)[1](change)
+    wide = jax.vjp(
+        lambda x, k: layers._plain_convolution(x, k, stride), x.astype(jnp.float32), kernel.astype(jnp.float32)
+    )[1](change.astype(jnp.float32))
+    for one, other in zip(found, wide, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert np.abs(one.astype(np.float32) - other).max() < 2 * HALVES["bfloat16"] * np.abs(other).max()
+
+
+def test_products_in_bfloat16_and_their_gradients_round_once(instructions):
+    instructions("AMX")
+    a, b, change = (jnp.asarray(normal(i, *shape), jnp.bfloat16) for i, shape in enumerate([(7, 40), (40, 9), (7, 9)]))
+    with use_platform("cpu"):
+        found, back = jax.vjp(layers.product, a, b)
+        found = (found, *back(change))
+    a, b, change = (np.asarray(x, np.float64) for x in (a, b, change))
+    for one, other in zip(found, (a @ b, change @ b.T, a.T @ change), strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=HALVES["bfloat16"], atol=1e-5)
+
+
+@pytest.mark.parametrize(("names", "products"), [((), 0), (("AVX512-BF16",), 1)], ids=["without", "with"])
+def test_bfloat16_convolves_by_products_only_where_the_processor_has_instructions_for_it(instructions, names, products):
+    instructions(*names)
+    x, kernel = jnp.zeros((1, 32, 32, 4), jnp.bfloat16), jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
+    with use_platform("cpu"):
+        program = jax.make_jaxpr(lambda x, k: Conv(4, bias=False).apply({"params": {"kernel": k}}, x))(x, kernel)
+    found = [e.primitive.name for e in equations(program.jaxpr)]
+    assert found.count("dot_general") == products
+    assert found.count("conv_general_dilated") == 1 - products
+
+
+def test_the_processor_s_instructions_are_read_from_its_flags(tmp_path):
+    file = tmp_path / "cpuinfo"
+    for flags, expected in (
+        ("fpu avx512f avx512_bf16 amx_bf16", ("AMX", "AVX512-BF16")),
+        ("fpu avx512_bf16", ("AVX512-BF16",)),
+        ("fpu avx2 amx_bf16x", ()),
+    ):
+        file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: amx_bf16\n")
+        platform_module.bfloat16_instructions.cache_clear()
+        assert platform_module.bfloat16_instructions(str(file)) == expected
+    assert platform_module.bfloat16_instructions(str(tmp_path / "nothing")) == ()

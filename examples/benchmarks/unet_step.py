@@ -1,6 +1,7 @@
 """One guided UNet step of Stable Diffusion 1.5 at 512x512, beside diffusers on the same machine in the same run.
 
     python examples/benchmarks/unet_step.py [--rounds 7] [--steps 3]
+    python examples/benchmarks/unet_step.py --dtype bfloat16
     python examples/benchmarks/unet_step.py --device gpu
 
 Both sides hold the same random weights and see the same noise and the same two rows of text; their results are compared
@@ -11,6 +12,8 @@ for the GPU jax[cuda13].
 
 cpu: float32, one picture. Bounds: our step at most 0.9 of diffusers' (1.0 with AVX-512), the loop at most 1.02 times
 its steps alone, memory at most 1.3 times that of commit c87bdd3 (3192 + 159 MiB).
+cpu, --dtype bfloat16: diffusers in bfloat16, channels last. Bounds: our step at most 1.2 times diffusers' where the
+processor has AMX or AVX512-BF16, relative difference at most 3e-2. Where it has neither, bfloat16 is no faster.
 gpu: bfloat16, 1, 8 and 32 pictures, diffusers under torch.compile (max-autotune, channels last); also the share of the
 matrix product peak, measured in the same run.
 
@@ -22,6 +25,11 @@ The rounds lay between 0.93 and 1.10 for the step, 0.95 and 1.035 for the loop. 
 with AVX-512, for which PyTorch's convolutions are made, nothing else running:
 
     diffusers' step  7.01 s    our step  8.50 s, 1.21 times it    a step in our loop  8.48 s, 0.997 times our step
+
+bfloat16, 2026-11-27, two cores of an AMD EPYC (Zen 5, AVX512-BF16, no AMX), jax 0.12.0.1 on Python 3.13, --rounds 7
+--steps 2, other work running (load 3):
+
+    diffusers' step  4.23 s    our step  3.91 s, 0.92 times it    relative difference 5.8e-3
 
 Nothing was measured on a GPU.
 """
@@ -44,6 +52,7 @@ import torch
 from convert.diffusers_config import diffusers_json
 from convert.names import entries
 from sdjax.config import SD15
+from sdjax.devices.platform import bfloat16_instructions
 from sdjax.diffusion.plan import stack_plans
 from sdjax.diffusion.sample import State, first_state, image_keys
 from sdjax.models.layers import TRANSFORMED
@@ -73,12 +82,14 @@ def leaf_of(params: Params, path: tuple[str, ...]) -> np.ndarray:
     return np.asarray(tree, np.float32)
 
 
-def diffusers_unet(params: Params) -> torch.nn.Module:
-    """diffusers' network with our weights."""
+def diffusers_unet(params: Params, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """diffusers' network with our weights, in this dtype."""
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(diffusers_json(SD15)["unet/config.json"])
     state = {
-        entry.name: torch.from_numpy(entry.from_leaves([leaf_of(params, path) for path in entry.leaves]).copy())
+        entry.name: torch.from_numpy(entry.from_leaves([leaf_of(params, path) for path in entry.leaves]).copy()).to(
+            dtype
+        )
         for entry in entries(SD15, "unet", "diffusers")
     }
     unet.load_state_dict(state, assign=True)
@@ -190,10 +201,14 @@ def compare(params: Params, unet: Any, batch: int, steps: int, rounds: int, call
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the cpu; gpu: bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, help="steps of the loop (default: 3 on the cpu, 20 on the gpu)")
     options = parser.parse_args()
     gpu = options.device == "gpu"
+    dtype = options.dtype or ("bfloat16" if gpu else "float32")
+    if gpu and dtype != "bfloat16":
+        parser.error("--device gpu measures bfloat16 only")
     if gpu and not torch.cuda.is_available():
         raise SystemExit("GPU: not measured, PyTorch sees no NVIDIA GPU on this machine")
     if gpu and jax.default_backend() != "gpu":
@@ -206,13 +221,20 @@ def main() -> None:
     print(f"{device}; jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
     print(f"XLA_FLAGS {flags}, load {os.getloadavg()[0]:.1f}", flush=True)
 
-    weights = random_params(SD15)["unet"]
-    unet = diffusers_unet(weights)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16 if gpu else jnp.float32), weights)
+    half = not gpu and dtype == "bfloat16"
+    if half:
+        has = " and ".join(bfloat16_instructions())
+        print(has or "bfloat16 is no faster here: the processor has neither AMX nor AVX512-BF16", flush=True)
+
+    weights = random_params(SD15, dtype=dtype)["unet"]
+    unet = diffusers_unet(weights, getattr(torch, dtype))
+    params = jax.tree.map(jnp.asarray, weights)
     del weights
     peak = 0.0
+    if half:
+        unet = unet.to(memory_format=torch.channels_last)
     if gpu:
-        unet = unet.to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
+        unet = unet.to("cuda").to(memory_format=torch.channels_last)
         unet.compile(mode="max-autotune", dynamic=False)
         peak = matmul_peak()
         print(f"matrix product in bfloat16: {peak / 1e12:.0f} TFLOP/s")
