@@ -6,16 +6,15 @@ Every round runs each command once in a new process, from this checkout and, giv
 medians of the wall time and of the processor's time, and the packages of some size that were imported. The exit status
 is 1 if help or a wrong option takes more than `BAR` seconds of wall time from this checkout.
 
-2026-11-27, 2 cores of an AMD EPYC (AVX-512) on which five other processes were at work, jax 0.10.2, Python 3.11, beside
-the commit before help needed no JAX (c87bdd3); the processor's time, since the wall time was three to four times as
-long there, and that of --help was 0.61 s for the earlier commit while the machine was quiet:
+2026-11-27, 2 cores of an AMD EPYC (AVX-512), one other process running, jax 0.10.2, Python 3.11, beside the commit
+before help needed no JAX (c87bdd3), wall time:
 
                               here      c87bdd3
-    --help                    0.086 s   0.856 s
-    txt2img --help            0.085 s   0.861 s
-    txt2img heart --nonsense  0.086 s   0.908 s
-    txt2img heart --steps 0   0.202 s   1.025 s
-    info picture.png          0.121 s   0.887 s
+    --help                    0.065 s   0.711 s
+    txt2img --help            0.063 s   0.681 s
+    txt2img heart --nonsense  0.060 s   0.603 s
+    txt2img heart --steps 0   0.169 s   0.809 s
+    info picture.png          0.090 s   0.597 s
 
 With the compiled modules not kept (PYTHONDONTWRITEBYTECODE) --help takes 0.10 s. What `sdjax txt2img` imports before it
 samples takes 0.65 s instead of 0.68 s: jax 0.43, flax 0.15, all else 0.07; nothing of optax, orbax, scipy or the hub is

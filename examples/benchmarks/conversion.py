@@ -10,15 +10,16 @@ to the disk within the time, by every side; the source is in the page cache. A c
 
 Bounds: a checkpoint of ours in 0.6 of PyTorch's time, .safetensors in 0.5.
 
-Two CPU cores of a virtual machine (AMD EPYC, AVX-512), ext4, 2026-11-27, --rounds 3. NOT a quiet machine: other work
-kept 8 to 13 processes waiting for the two cores, so these medians say little and the bounds are not proven by them (an
-earlier run under the same load gave 1.04 and 0.88 of PyTorch's 17.5 s); seconds of processors say more.
+Two CPU cores of a virtual machine (AMD EPYC, AVX-512), ext4, 2026-11-27, --rounds 5, one other process running:
 
                              seconds  (from - to)    of the first  CPU s  peak memory  of the file (4,265,262,285 bytes)
-    PyTorch to .safetensors     23.7  (23.2 - 161.7)         1.00   11.1      4.50 GB         1.06
-    to an sdjax checkpoint      15.0  (11.5 - 21.0)          0.63    6.7      0.58 GB         0.14
-    to .safetensors             12.0  (9.5 - 13.4)           0.51    4.8      0.42 GB         0.10
-    copy (cp, sync)              5.5  (5.1 - 5.9)            0.23    2.4      0.01 GB         0.00
+    PyTorch to .safetensors     12.0  (11.5 - 12.5)          1.00   11.1      4.50 GB         1.06
+    to an sdjax checkpoint       5.9  (4.9 - 7.7)            0.49    5.2      0.64 GB         0.15
+    to .safetensors              4.7  (3.8 - 6.0)            0.39    3.3      0.44 GB         0.10
+    copy (cp, sync)              2.4  (2.0 - 2.7)            0.20    1.4      0.01 GB         0.00
+
+With 8 to 13 processes waiting for the two cores the ratios were 0.63 and 0.51 in one run, 1.04 and 0.88 in another.
+Reading, there, --rounds 3:
 
     reading an Orbax folder     23.3  (22.0 - 24.7)          1.00   10.9      6.44 GB         1.51
     reading an sdjax checkpoint 11.3  (10.6 - 13.8)          0.49    4.7      4.45 GB         1.04

@@ -12,17 +12,18 @@ a cache of its own, this checkout and the one in --against DIR (`git worktree ad
 
 Medians of wall seconds, and of the processor's (a machine that others use has its waiting in the former alone).
 
-Two shared CPU cores (AMD EPYC, AVX-512) with other work on them, jax 0.10.2, 2026-11-27, against c87bdd3; processor
-seconds, since the wall's were not steady. The picture: medians of 3 rounds; full: one round:
+Two CPU cores (AMD EPYC, AVX-512), one other process running, jax 0.10.2, 2026-11-27, --rounds 7, against c87bdd3;
+seconds, and the processor's:
 
-                               here   c87bdd3   ratio
-    picture, first start       10.8      12.5    0.86
-    picture, second start       2.0       3.7    0.54   of which imports 0.81 and 0.88
-    full, first start          27.2      24.1    1.13   (the wall 186 and 125 s, beside other work that came and went)
-    full, second start         10.0      12.9    0.78   (the wall 34 and 17 s, the same)
+                               here           c87bdd3        ratio
+    picture, first start       7.99 (8.49)    9.38 (10.02)   0.85
+    picture, second start      1.42 (1.50)    3.05 (3.16)    0.46
+    imports                    0.67 (0.70)    0.64 (0.69)    1.05
 
-No bound is met yet. What is left of a picture's second start: imports 0.8, reading executables 0.4, sampling 0.2.
-
+On the quiet machine, two rounds: first start 5.1 beside 5.9, second 1.35 beside 2.65. What is left of a second start:
+imports 0.65, reading executables 0.45 (Python waits meanwhile), sampling 0.2. So the bound of the second start is
+missed by a hundredth, and that of compiling by more: the box's programs take 6.7 s of the processor instead of 8.1.
+FULL
 Bounds: a second start at most 0.45 of that of c87bdd3, and compiling, which is a first start less a second one's
 reading, at most 0.8.
 """
@@ -64,6 +65,7 @@ def write_full_model(folder: Path) -> None:
     from sdjax.storage import checkpoint
 
     params = random_params(SD15)
+    folder.mkdir()
     checkpoint.save(folder / "here", SD15, params, one_file=True)
     checkpoint.save(folder / "against", SD15, params)
 

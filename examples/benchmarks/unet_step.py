@@ -17,14 +17,15 @@ processor has AMX or AVX512-BF16, relative difference at most 3e-2. Where it has
 gpu: bfloat16, 1, 8 and 32 pictures, diffusers under torch.compile (max-autotune, channels last); also the share of the
 matrix product peak, measured in the same run.
 
-CPU, 2026-11-21, two cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0, --rounds 4 --steps 3, other work running:
+CPU, 2026-11-27, two cores of an AMD EPYC (Zen 5, AVX-512), jax 0.10.2, torch 2.13.0, --rounds 7 --steps 3, another
+process running for half of the time:
 
-    diffusers' step 12.60 s    our step 13.22 s, 1.05 times it    a step in our loop 13.02 s, 0.984 times our step
+    diffusers' step  6.87 s    our step  5.27 s, 0.77 times it    a step in our loop  4.72 s, 0.69 times diffusers'
+    memory of our loop: 3193 MiB of arguments, 782 MiB more while it runs
 
-The rounds lay between 0.93 and 1.10 for the step, 0.95 and 1.035 for the loop. 2026-11-22, two cores of an Intel Xeon
-with AVX-512, for which PyTorch's convolutions are made, nothing else running:
-
-    diffusers' step  7.01 s    our step  8.50 s, 1.21 times it    a step in our loop  8.48 s, 0.997 times our step
+Three rounds of the loop alone with nothing else running: 4.17 to 4.33 s beside 6.81 to 7.11 s, 0.61 times it; that of
+commit c87bdd3 took 8.9 s there. Before (2026-11-21 and 22): 1.05 times diffusers' on an AMD EPYC (Zen 3), 1.21 on an
+Intel Xeon with AVX-512. Not measured: a processor without AVX-512.
 
 bfloat16, 2026-11-27, two cores of an AMD EPYC (Zen 5, AVX512-BF16, no AMX), jax 0.12.0.1 on Python 3.13, --rounds 7
 --steps 2, other work running (load 3):
