@@ -23,7 +23,7 @@ seconds, and the processor's:
 On the quiet machine, two rounds: first start 5.1 beside 5.9, second 1.35 beside 2.65. What is left of a second start:
 imports 0.65, reading executables 0.45 (Python waits meanwhile), sampling 0.2. So the bound of the second start is
 missed by a hundredth, and that of compiling by more: the box's programs take 6.7 s of the processor instead of 8.1.
-FULL
+
 Bounds: a second start at most 0.45 of that of c87bdd3, and compiling, which is a first start less a second one's
 reading, at most 0.8.
 """
