@@ -32,6 +32,7 @@ class Programs(NamedTuple):
     admit: (state, fresh, places) -> state, with the pictures of `fresh` in some places.
     decode: (params, latents) -> pictures f32[b, H, W, 3].
     to_bytes: pictures -> u8[b, H, W, 3], and whether each is finite, bool[b].
+    transform: (params, latents) -> the kernels that `sample` calls for by itself; None where they are made inside of it.
     """
 
     encode: Program
@@ -41,6 +42,7 @@ class Programs(NamedTuple):
     admit: Program
     decode: Program
     to_bytes: Program
+    transform: Program | None
 
 
 def sample(params: Params, state: State, ticks: Array, *, config: ModelConfig) -> tuple[Carry, Array, Any]:
@@ -61,14 +63,20 @@ def programs(config: ModelConfig, placement: Placement) -> Programs:
     def condition(skip: int | None) -> Program:
         return of_params(("text", "unet", "adapters"), partial(functions.condition, skip=skip), [True] * 6)
 
+    transform = None
+    steps = of_params(("unet", "adapters", TRANSFORMED), sample, [True, False])
+    if placement.platform == "cpu" and placement.devices is None:
+        transform = _taking(("unet",), jitted(partial(functions.transformed_kernels, config=config), placement))
+        steps = _with_kernels(steps, transform)
     return Programs(
         encode=_taking(("vae",), jitted(partial(functions.encode, config=config), placement)),
         condition=condition,
         initial_latents=parallelize(functions.initial_latents, [True] * 7, placement),
-        sample=_with_kernels(of_params(("unet", "adapters", TRANSFORMED), sample, [True, False]), config, placement),
+        sample=steps,
         admit=parallelize(loop.admit, [True] * 3, dataclasses.replace(placement, batch_invariant=False)),
         decode=of_params(("vae",), functions.decode, [True]),
         to_bytes=parallelize(to_bytes, [True], dataclasses.replace(placement, batch_invariant=False)),
+        transform=transform,
     )
 
 
@@ -78,7 +86,9 @@ def programs_of_kind(config: ModelConfig, placement: Placement, *, tiling: bool 
     if not tiling:
         return usual
     wrapped = programs(tiled(config), placement)
-    return usual._replace(encode=wrapped.encode, sample=wrapped.sample, decode=wrapped.decode)
+    return usual._replace(
+        encode=wrapped.encode, sample=wrapped.sample, decode=wrapped.decode, transform=wrapped.transform
+    )
 
 
 @lru_cache(maxsize=64)
@@ -102,16 +112,18 @@ def _taking(parts: Sequence[str], program: Program) -> Program:
     return cast(Program, call)
 
 
-def _with_kernels(program: Program, config: ModelConfig, placement: Placement) -> Program:
+def has_transformed(latents: Any) -> bool:
+    """Whether latents f[b, h, w, c] have so many positions that a CPU may convolve them by transformed kernels."""
+    return latents.shape[1] * latents.shape[2] > CPU_FEW_POSITIONS
+
+
+def _with_kernels(program: Program, transform: Program) -> Program:
     """`sample`, given the kernels that a CPU convolves by in another form (`functions.transformed_kernels`).
 
     They are made when parameters are first sampled with, and anew when these or the pictures' size change: not in every
     call, of which there is one for each step where progress is shown. They are let go with the parameters. Where there
     are several devices, `sample` makes them itself.
     """
-    if placement.platform != "cpu" or placement.devices is not None:
-        return program
-    transform = _taking(("unet",), jitted(partial(functions.transformed_kernels, config=config), placement))
     latest: list[Any] = []  # height and width, references to the parameters, the kernels
 
     def made(params: Params, x: Array) -> Any:
@@ -123,7 +135,7 @@ def _with_kernels(program: Program, config: ModelConfig, placement: Placement) -
         return latest[2]
 
     def ready(params: Params, x: Array, make: Callable[..., Any]) -> Params:
-        return params if x.shape[1] * x.shape[2] <= CPU_FEW_POSITIONS else {**params, TRANSFORMED: make(params, x)}
+        return {**params, TRANSFORMED: make(params, x)} if has_transformed(x) else params
 
     def call(params: Params, state: State, ticks: Any) -> Any:
         return program(ready(params, state.carry.x, made), state, ticks)

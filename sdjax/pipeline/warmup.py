@@ -16,7 +16,7 @@ from sdjax.models.params import abstract_params, dtype_of
 from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.prepare import Prepared, prepare
-from sdjax.pipeline.programs import programs_of_kind
+from sdjax.pipeline.programs import has_transformed, programs_of_kind
 from sdjax.request import Request
 from sdjax.text.prompt import Words
 from sdjax.text.tokenizer import Tokenizer, clip_tokenizer
@@ -101,6 +101,8 @@ def _of_pass(
         "decode": of_model.decode.ahead(params, state.carry.x),
         "to_bytes": of_model.to_bytes.ahead(jax.ShapeDtypeStruct(pixels, np.float32)),
     }
+    if of_model.transform is not None and has_transformed(state.carry.x):
+        found = {"transform": of_model.transform.ahead(params, state.carry.x), **found}
     if continuous and not uniform:
         found["admit"] = of_model.admit.ahead(state, state, batch.calls)
         found["admit_latents"] = of_model.admit.ahead(state.carry.x, state.carry.x, batch.calls)
