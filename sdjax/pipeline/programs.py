@@ -32,7 +32,7 @@ class Programs(NamedTuple):
     admit: (state, fresh, places) -> state, with the pictures of `fresh` in some places.
     decode: (params, latents) -> pictures f32[b, H, W, 3].
     to_bytes: pictures -> u8[b, H, W, 3], and whether each is finite, bool[b].
-    transform: (params, latents) -> the kernels that `sample` calls for by itself; None where they are made inside of it.
+    transform: (params, latents) -> the kernels that `sample` calls for; None where they are made inside of it.
     """
 
     encode: Program
