@@ -20,9 +20,17 @@ seconds, and the processor's:
     picture, second start      1.42 (1.50)    3.05 (3.16)    0.46
     imports                    0.67 (0.70)    0.64 (0.69)    1.05
 
+--rounds 0 --full, one round on the quiet machine; most of what is left of the second start is reading the weights:
+
+    picture, first start       5.62 (9.21)    7.18 (11.40)   0.78
+    picture, second start      1.47 (1.79)    3.06 (3.71)    0.48
+    full, first start         19.54 (29.29)  12.89 (21.17)   1.52
+    full, second start         5.55 (6.39)    7.79 (11.41)   0.71
+
 On the quiet machine, two rounds: first start 5.1 beside 5.9, second 1.35 beside 2.65. What is left of a second start:
 imports 0.65, reading executables 0.45 (Python waits meanwhile), sampling 0.2. So the bound of the second start is
-missed by a hundredth, and that of compiling by more: the box's programs take 6.7 s of the processor instead of 8.1.
+missed by a hundredth for the picture and by more for the full model, whose first start takes longer, too, for the
+loops of Winograd's convolutions; the box's programs take 6.7 s of the processor instead of 8.1.
 
 Bounds: a second start at most 0.45 of that of c87bdd3, and compiling, which is a first start less a second one's
 reading, at most 0.8.
