@@ -71,6 +71,7 @@ from sdjax.types import Array, Params
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from train_box import CPU
+from unet_step import leaf_of
 
 PICTURES = 256
 """Pictures in the data set."""
@@ -140,12 +141,6 @@ class Theirs:
         decay = min(self.settings.ema, self.done / (9 + self.done))
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
         return loss, norm
-
-
-def leaf_of(tree: Params, path: tuple[str, ...]) -> np.ndarray:
-    for key in path:
-        tree = tree[key]
-    return np.asarray(tree)
 
 
 def load(module: torch.nn.Module, params: Params, part: str, config: Any = BOX) -> torch.nn.Module:

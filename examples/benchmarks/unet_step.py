@@ -83,18 +83,16 @@ def leaf_of(params: Params, path: tuple[str, ...]) -> np.ndarray:
     return np.asarray(tree, np.float32)
 
 
-def diffusers_unet(params: Params, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """diffusers' network with our weights, in this dtype."""
+def diffusers_part(kind: Any, part: str, params: Params, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """diffusers' network of that class with our weights of Stable Diffusion 1.5's "unet" or "vae", in this dtype."""
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(diffusers_json(SD15)["unet/config.json"])
-    state = {
-        entry.name: torch.from_numpy(entry.from_leaves([leaf_of(params, path) for path in entry.leaves]).copy()).to(
-            dtype
-        )
-        for entry in entries(SD15, "unet", "diffusers")
-    }
-    unet.load_state_dict(state, assign=True)
-    return unet.eval().requires_grad_(False)
+        network = kind.from_config(diffusers_json(SD15)[f"{part}/config.json"])
+    state = {}
+    for entry in entries(SD15, part, "diffusers"):
+        leaves = [leaf_of(params, path) for path in entry.leaves]
+        state[entry.name] = torch.from_numpy(entry.from_leaves(leaves).copy()).to(dtype)
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 class Ours:
@@ -228,7 +226,7 @@ def main() -> None:
         print(has or "bfloat16 is no faster here: the processor has neither AMX nor AVX512-BF16", flush=True)
 
     weights = random_params(SD15, dtype=dtype)["unet"]
-    unet = diffusers_unet(weights, getattr(torch, dtype))
+    unet = diffusers_part(diffusers.UNet2DConditionModel, "unet", weights, getattr(torch, dtype))
     params = jax.tree.map(jnp.asarray, weights)
     del weights
     peak = 0.0

@@ -26,29 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from unet_step import leaf_of, seconds
+from unet_step import diffusers_part, seconds
 
-from convert.diffusers_config import diffusers_json
-from convert.names import entries
 from sdjax.config import SD15
 from sdjax.devices.placement import HERE
 from sdjax.models.params import random_params
 from sdjax.pipeline.programs import programs
-from sdjax.types import Params
 
 MIB = 2**20
-
-
-def diffusers_vae(params: Params) -> torch.nn.Module:
-    """diffusers' autoencoder with our weights."""
-    with torch.device("meta"):
-        vae = diffusers.AutoencoderKL.from_config(diffusers_json(SD15)["vae/config.json"])
-    state = {
-        entry.name: torch.from_numpy(entry.from_leaves([leaf_of(params, path) for path in entry.leaves]).copy())
-        for entry in entries(SD15, "vae", "diffusers")
-    }
-    vae.load_state_dict(state, assign=True)
-    return vae.eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -61,7 +46,10 @@ def main() -> None:
     print(f"diffusers {diffusers.__version__}; load {os.getloadavg()[0]:.1f}", flush=True)
 
     weights = random_params(SD15)["vae"]
-    theirs, params = diffusers_vae(weights), {"vae": jax.tree.map(jnp.asarray, weights)}
+    theirs, params = (
+        diffusers_part(diffusers.AutoencoderKL, "vae", weights),
+        {"vae": jax.tree.map(jnp.asarray, weights)},
+    )
     side = options.size // SD15.vae.downscale
     latents = np.random.default_rng(0).standard_normal((1, side, side, SD15.vae.latent_channels), np.float32)
     decode = programs(SD15, HERE).decode
