@@ -146,6 +146,10 @@ class Layer(nn.Module):
             raise ValueError(f"parameter {where} has the shape {value.shape}, the configuration says {shape}")
         return value
 
+    def with_bias(self, y: Array) -> Array:
+        """y f[..., features] plus the parameter "bias" f[features]."""
+        return y + over_rows(self.parameter("bias", nn.initializers.zeros, y.shape[-1:]), y.shape)
+
 
 class Dense(Layer):
     """A linear map f[..., in] -> f[..., features]."""
@@ -158,9 +162,7 @@ class Dense(Layer):
         kernel = self.parameter("kernel", fan_in_normal, (x.shape[-1], self.features))
         rows = x.astype(kernel.dtype).reshape(-1, x.shape[-1])  # the gradient is one product of two matrices
         y = product(rows, kernel).reshape(*x.shape[:-1], self.features)
-        return (
-            y + over_rows(self.parameter("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
-        )
+        return self.with_bias(y) if self.bias else y
 
 
 class Conv(Layer):
@@ -199,9 +201,7 @@ class Conv(Layer):
             y = winograd(self.padded(x), kernel, made)
         else:
             y = self.by_convolution(x, kernel)
-        return (
-            y + over_rows(self.parameter("bias", nn.initializers.zeros, (self.features,)), y.shape) if self.bias else y
-        )
+        return self.with_bias(y) if self.bias else y
 
     def by_winograd(self, x: Array) -> bool:
         """Whether `winograd` computes this, and pays on a CPU."""
@@ -227,10 +227,8 @@ class Conv(Layer):
     def by_product(self, x: Array, kernel: Array) -> Array:
         """The same with stride 1, as one product."""
         rows = _neighbourhoods(self.padded(x), self.size, 1)
-        if bfloat16_products(x.dtype):
-            flat = product(rows.reshape(-1, rows.shape[-1]), kernel.reshape(-1, self.features))
-            return flat.reshape(*rows.shape[:-1], self.features)
-        return jnp.dot(rows, kernel.reshape(-1, self.features))
+        y = product(rows.reshape(-1, rows.shape[-1]), kernel.reshape(-1, self.features))
+        return y.reshape(*rows.shape[:-1], self.features)
 
     def by_phases(self, x: Array, kernel: Array) -> Array:
         """The map doubled, then convolved: four 2x2 convolutions of the map as it was, 16 products instead of 36.

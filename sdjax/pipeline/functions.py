@@ -92,17 +92,22 @@ def predict_noise(
 
 
 @lru_cache(maxsize=64)
-def _winograd_convolutions(config: ModelConfig, height: int, width: int, platform: str) -> tuple[tuple[str, ...], ...]:
-    """The kernels of the UNet, by their paths, that convolve latents of this size by `winograd` on this platform."""
+def _winograd_convolutions(config: ModelConfig, height: int, width: int) -> tuple[tuple[str, ...], ...]:
+    """The kernels of the UNet, by their paths, that a CPU convolves latents of this size with by `winograd`."""
     struct = jax.ShapeDtypeStruct
     x = struct((1, height, width, config.unet.in_channels), jnp.float32)
     context = struct((1, 1, config.unet.context_width), jnp.float32)
     apply = partial(UNet(config.unet).apply, mutable=[TRANSFORMED])
-    with use_platform(platform):
+    with use_platform("cpu"):
         _, found = jax.eval_shape(
             apply, {"params": abstract_params(config)["unet"]}, x, struct((1,), jnp.int32), context
         )
     return tuple(flatten_dict(found.get(TRANSFORMED, {})))
+
+
+def has_transformed(latents: Any) -> bool:
+    """Whether latents f[b, h, w, c] have so many positions that a CPU may convolve them by transformed kernels."""
+    return latents.shape[1] * latents.shape[2] > CPU_FEW_POSITIONS
 
 
 def transformed_kernels(params: Params, x: Latent, *, config: ModelConfig) -> Any:
@@ -110,12 +115,12 @@ def transformed_kernels(params: Params, x: Latent, *, config: ModelConfig) -> An
 
     To be made once, outside of the loop over steps.
     """
-    unet, few = params["unet"], x.shape[1] * x.shape[2] <= CPU_FEW_POSITIONS
-    if platform() != "cpu" or few or unet["conv_in"]["kernel"].dtype != jnp.float32:
+    if platform() != "cpu" or not has_transformed(x) or params["unet"]["conv_in"]["kernel"].dtype != jnp.float32:
         return {}
-    paths = _winograd_convolutions(config, x.shape[1], x.shape[2], platform())
-    leaves = flatten_dict(unet)
-    return unflatten_dict({path: winograd_kernel(leaves[path]) for path in paths})
+    leaves = flatten_dict(params["unet"])
+    return unflatten_dict(
+        {path: winograd_kernel(leaves[path]) for path in _winograd_convolutions(config, *x.shape[1:3])}
+    )
 
 
 @partial(jax.jit, static_argnames="config")

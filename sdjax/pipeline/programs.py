@@ -17,7 +17,7 @@ from sdjax.diffusion import sample as loop
 from sdjax.diffusion.rows import Carry
 from sdjax.diffusion.sample import State
 from sdjax.image import to_uint8
-from sdjax.models.layers import CPU_FEW_POSITIONS, TRANSFORMED
+from sdjax.models.layers import TRANSFORMED
 from sdjax.pipeline import functions
 from sdjax.types import Array, Params
 
@@ -112,11 +112,6 @@ def _taking(parts: Sequence[str], program: Program) -> Program:
     return cast(Program, call)
 
 
-def has_transformed(latents: Any) -> bool:
-    """Whether latents f[b, h, w, c] have so many positions that a CPU may convolve them by transformed kernels."""
-    return latents.shape[1] * latents.shape[2] > CPU_FEW_POSITIONS
-
-
 def _with_kernels(program: Program, transform: Program) -> Program:
     """`sample`, given the kernels that a CPU convolves by in another form (`functions.transformed_kernels`).
 
@@ -135,7 +130,7 @@ def _with_kernels(program: Program, transform: Program) -> Program:
         return latest[2]
 
     def ready(params: Params, x: Array, make: Callable[..., Any]) -> Params:
-        return {**params, TRANSFORMED: make(params, x)} if has_transformed(x) else params
+        return {**params, TRANSFORMED: make(params, x)} if functions.has_transformed(x) else params
 
     def call(params: Params, state: State, ticks: Any) -> Any:
         return program(ready(params, state.carry.x, made), state, ticks)

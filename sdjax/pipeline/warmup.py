@@ -14,9 +14,10 @@ from sdjax.devices.placement import HERE, Placement
 from sdjax.devices.platform import pinned
 from sdjax.models.params import abstract_params, dtype_of
 from sdjax.pipeline.batching import assemble, conditioned, initial, state_of
+from sdjax.pipeline.functions import has_transformed
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.prepare import Prepared, prepare
-from sdjax.pipeline.programs import has_transformed, programs_of_kind
+from sdjax.pipeline.programs import programs_of_kind
 from sdjax.request import Request
 from sdjax.text.prompt import Words
 from sdjax.text.tokenizer import Tokenizer, clip_tokenizer
